@@ -1,0 +1,156 @@
+"""Settings: immutable, read from the environment in one place, wrong names and values refused by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from kvmarket.errors import ConfigError
+from kvmarket.hashing import HASH_ALGORITHMS
+
+PREFIX = "KVMARKET_"
+TRANSPORTS = ("auto", "inproc", "shm")
+VERIFY_MODES = ("none", "sampled", "full")
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"must be one of: {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be within [{low:g}, {high:g}]")
+        return value
+
+    return parse
+
+
+def _count(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be within [{low}, {high}]")
+        return value
+
+    return parse
+
+
+_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _size(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number, factor = text.strip().lower(), 1
+        for unit, size in _UNITS.items():
+            if number.endswith(unit):
+                number, factor = number[: -len(unit)].strip(), size
+                break
+        value = int(float(number) * factor) if factor > 1 else int(number)
+        if not low <= value <= high:
+            raise ValueError(f"must be within [{low}, {high}] bytes")
+        return value
+
+    return parse
+
+
+def _registry(text: str) -> str:
+    if text == "memory" or text == "lmdb" or text.startswith("lmdb://"):
+        return text
+    raise ValueError("must be 'lmdb' (default), 'lmdb:///directory' or 'memory'")
+
+
+def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
+    return field(default=default, metadata={"env": PREFIX + env, "parse": parse})
+
+
+def default_runtime_dir() -> Path:
+    """Where processes of one user on one host meet: /dev/shm if there is one, else the temporary directory."""
+    shm = Path("/dev/shm")  # noqa: S108 - the host's shared memory, private to the user by mode 0700
+    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108
+    return base / f"kvmarket-{os.getuid()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarketConfig:
+    """All settings of one marketplace. Each field can be set by the environment name in its metadata.
+
+    Attributes:
+        transport: ``auto`` (by locality, after a probe), ``inproc`` or ``shm``.
+        registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
+        runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
+        hash: block hash algorithm for token prefixes.
+        verify: ``full`` compares every page's digest after the copy, ``sampled`` one page in 16, ``none`` only generations.
+        fetch_deadline_s: a fetch that takes longer ends as a (shorter) hit or a miss.
+        publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
+        fetch_concurrency: fetches that may run at once; more wait.
+        arena_bytes: memory for blocks published by copy.
+        registry_bytes: largest size of the registry file (sparse: it takes what it needs).
+        tenant: whose blocks these are; part of the namespace.
+        salt: a secret that keeps tenants apart; part of the namespace, never stored.
+    """
+
+    transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
+    registry: str = _setting("REGISTRY", "lmdb", _registry)
+    runtime_dir: str = _setting("RUNTIME_DIR", "", str)
+    hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))
+    verify: str = _setting("VERIFY", "full", _one_of(*VERIFY_MODES))
+    fetch_deadline_s: float = _setting("FETCH_DEADLINE_S", 1.0, _number(0.001, 600))
+    publish_deadline_s: float = _setting("PUBLISH_DEADLINE_S", 10.0, _number(0.001, 600))
+    fetch_concurrency: int = _setting("FETCH_CONCURRENCY", 4, _count(1, 256))
+    arena_bytes: int = _setting("ARENA_BYTES", 256 << 20, _size(4096, 1 << 44))
+    registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
+    tenant: str = _setting("TENANT", "", str)
+    salt: str = field(default="", repr=False, metadata={"env": PREFIX + "SALT", "parse": str})
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if type(value) is int and isinstance(item.default, float):
+                object.__setattr__(self, item.name, value := float(value))
+            if type(value) is not type(item.default):
+                expected = type(item.default).__name__
+                raise ConfigError(f"MarketConfig.{item.name} must be {expected}, not {value!r}")
+            try:
+                item.metadata["parse"](str(value))
+            except ValueError as error:
+                raise ConfigError(f"MarketConfig.{item.name} = {value!r}: {error}") from error
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> MarketConfig:
+        """Build the settings from `environ` (default: this process's); keyword arguments win. Pure but for that default.
+
+        Raises:
+            ConfigError: an unknown ``KVMARKET_*`` name, or a value that cannot be used; the message names it.
+        """
+        source = os.environ if environ is None else environ
+        by_env = {item.metadata["env"]: item for item in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, text in source.items():
+            if not name.startswith(PREFIX):
+                continue
+            if name not in by_env:
+                raise ConfigError(f"unknown setting {name}; known settings: {', '.join(sorted(by_env))}")
+            item = by_env[name]
+            try:
+                values[item.name] = item.metadata["parse"](text)
+            except ValueError as error:
+                shown = "(hidden)" if item.name == "salt" else repr(text)
+                raise ConfigError(f"{name}={shown}: {error}") from error
+        return cls(**{**values, **overrides})
+
+    @property
+    def directory(self) -> Path:
+        """The runtime directory in force."""
+        if self.registry.startswith("lmdb://"):
+            return Path(self.registry.removeprefix("lmdb://"))
+        return Path(self.runtime_dir) if self.runtime_dir else default_runtime_dir()

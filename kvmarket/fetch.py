@@ -1,0 +1,251 @@
+"""Fetching: choose a source per block, read, verify, and adopt only what is proven."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvmarket.config import MarketConfig
+from kvmarket.deadline import Deadline
+from kvmarket.digest import page_digest
+from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
+from kvmarket.explain import explain_nothing_found
+from kvmarket.identity import Namespace, OwnerInfo
+from kvmarket.metrics import Metrics
+from kvmarket.region.descriptor import RegionDescriptor
+from kvmarket.region.pages import PagedMemory
+from kvmarket.registry import LookupResult, Registry
+from kvmarket.registry.records import NO_DIGEST, RECORD, BlockRecords
+from kvmarket.report import MissReason, TransferReport
+from kvmarket.transport import Connection, ReadRequest, TransportSelector
+
+SAMPLE_ONE_IN = 16
+_NO_DIGEST = np.void(NO_DIGEST)
+
+
+@dataclass
+class Outcome:
+    """What reading a run of blocks came to.
+
+    Attributes:
+        blocks: leading blocks that are adopted.
+        reason, detail: why it is not more.
+        transfers: one report per transfer.
+        sources: owner description -> blocks.
+        stages: seconds by stage.
+        blocks_verified: blocks whose digest was compared.
+    """
+
+    blocks: int = 0
+    reason: MissReason = MissReason.NONE
+    detail: str = ""
+    transfers: list[TransferReport] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=lambda: {"connect": 0.0, "read": 0.0, "verify": 0.0})
+    blocks_verified: int = 0
+
+
+class Fetcher:
+    """Look-ups and reads in one namespace. Thread-safe."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        registry: Registry,
+        transports: TransportSelector,
+        config: MarketConfig,
+        metrics: Metrics,
+    ) -> None:
+        self._namespace, self._digest = namespace, namespace.digest
+        self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
+        self._registry, self._transports, self._metrics = registry, transports, metrics
+        self._verify = config.verify
+        self._verifiers = ThreadPoolExecutor(max(1, config.fetch_concurrency), "kvmarket-verify")
+
+    def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
+        """Find the longest run of `keys` that live owners hold, and say why it is not longer. Never raises for a bad registry."""
+        try:
+            result = self._registry.lookup(self._digest, keys)
+            if result.blocks == len(keys):
+                return result, MissReason.NONE, ""
+            if result.blocks == 0 and result.first_missing == "not_published":
+                reason, detail = explain_nothing_found(self._registry, self._namespace)
+                return result, reason, detail
+        except RegistryError as error:
+            nothing = LookupResult(0, 0, np.empty(0, RECORD))
+            return nothing, MissReason.REGISTRY_UNAVAILABLE, str(error)
+        return result, MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
+
+    def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
+        """Read the blocks `found` names into `local_pages` (one per block) and prove them.
+
+        When it returns nothing writes to the local pages any more. Pages beyond `Outcome.blocks` hold undefined bytes.
+        """
+        outcome = Outcome()
+        excluded: set[int] = set()
+        used: dict[int, OwnerInfo] = {}
+        while outcome.blocks < found.blocks:
+            if deadline.expired:
+                outcome.reason, outcome.detail = MissReason.DEADLINE, "the deadline passed"
+                break
+            run = _next_run(found.records, outcome.blocks, excluded)
+            if run is None:
+                break  # outcome.reason says why the last source was excluded
+            owner = found.owners[int(run["owner"][0])]
+            adopted = self._read_run(run, owner, local, local_pages, deadline, outcome)
+            if adopted:
+                used[owner.owner] = owner
+            if adopted < len(run):
+                excluded.add(owner.owner)
+        if outcome.blocks == found.blocks:
+            outcome.reason, outcome.detail = MissReason.NONE, ""
+        self._check_still_true(found, used, outcome)
+        self._metrics.add(blocks_adopted=outcome.blocks, blocks_verified=outcome.blocks_verified)
+        return outcome
+
+    def _read_run(
+        self,
+        run: BlockRecords,
+        owner: OwnerInfo,
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        deadline: Deadline,
+        outcome: Outcome,
+    ) -> int:
+        """Read consecutive blocks of one region; return how many leading ones are good."""
+        began = time.perf_counter()
+        try:
+            connection = self._connect(owner, int(run["region"][0]))
+        except TransportError as error:
+            gone = isinstance(error, PeerGoneError)
+            outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
+            if isinstance(error, _SpecMismatch):
+                outcome.reason = MissReason.SPEC_MISMATCH
+            outcome.detail = f"{owner}: {error}"
+            return 0
+        finally:
+            outcome.stages["connect"] += time.perf_counter() - began
+        check = _Verification(self._verify, run, local, local_pages[outcome.blocks :], self._verifiers)
+        request = ReadRequest(
+            run["page"].copy(), run["generation"].copy(), local, local_pages[outcome.blocks : outcome.blocks + len(run)]
+        )
+        try:
+            report = connection.read(request, deadline=deadline, on_group=check.on_group)
+        except (PeerGoneError, TransferError) as error:
+            check.wait()
+            self._transports.forget(owner)
+            outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner}: {error}"
+            return 0
+        outcome.stages["read"] += report.seconds
+        began = time.perf_counter()
+        refused = {**report.refused, **check.wait()}
+        outcome.stages["verify"] += time.perf_counter() - began
+        outcome.blocks_verified += check.blocks
+        good = min(refused, default=len(run))
+        if good < len(run):
+            outcome.reason = refused[good]
+            outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
+            for reason in refused.values():
+                self._metrics.add_reason("blocks_refused", reason)
+        outcome.blocks += good
+        outcome.transfers.append(report)
+        outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
+        return good
+
+    def _connect(self, owner: OwnerInfo, region_id: int) -> Connection:
+        def describe() -> RegionDescriptor:
+            try:
+                wire = self._registry.region(owner.owner, region_id)
+                if wire is None:
+                    raise PeerGoneError(f"region {region_id} is not registered any more", peer=str(owner))
+                descriptor = RegionDescriptor.from_wire(wire)
+            except RegistryError as error:
+                raise TransportUnavailableError(str(error), peer=str(owner)) from error
+            if descriptor.fingerprint != self._fingerprint or descriptor.layout.page_bytes != self._page_bytes:
+                raise _SpecMismatch(
+                    f"its pages have {descriptor.layout.page_bytes} bytes and spec {descriptor.fingerprint.hex()}, "
+                    f"expected {self._page_bytes} and {self._fingerprint.hex()}",
+                    peer=str(owner),
+                )
+            return descriptor
+
+        return self._transports.connection(owner, region_id, describe)
+
+    def _check_still_true(self, found: LookupResult, used: dict[int, OwnerInfo], outcome: Outcome) -> None:
+        """After the last copy: the namespace's epoch must not have moved and every source must still be alive."""
+        if not outcome.blocks:
+            return
+        try:
+            epoch = self._registry.epoch(self._digest)
+        except RegistryError as error:
+            epoch, outcome.detail = -1, str(error)
+        if epoch != found.epoch:
+            outcome.blocks, outcome.reason = 0, MissReason.EPOCH_CHANGED
+            outcome.detail = outcome.detail or "the namespace was told to forget while the fetch ran"
+            return
+        for owner in used.values():
+            if not self._registry.alive(owner.owner):
+                self._transports.forget(owner)
+                of_owner = found.records[found.records["owner"] == owner.owner]
+                outcome.blocks = min(outcome.blocks, int(of_owner["block"].min()))
+                outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner} died during the fetch"
+
+    def close(self) -> None:
+        """Stop the verifying threads."""
+        self._verifiers.shutdown(wait=True)
+
+
+class _SpecMismatch(TransportError):
+    """The owner's region is not what its namespace promises."""
+
+
+def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
+    """Return the records of the longest run from block `first` on that one region of one owner serves."""
+    best: BlockRecords | None = None
+    here = records[records["block"] == first]
+    for candidate in here:
+        owner, region = int(candidate["owner"]), int(candidate["region"])
+        if owner in excluded:
+            continue
+        same = records[(records["owner"] == owner) & (records["region"] == region) & (records["block"] >= first)]
+        gaps = np.flatnonzero(same["block"] != np.arange(first, first + len(same)))
+        run = same[: int(gaps[0])] if len(gaps) else same
+        if best is None or len(run) > len(best):
+            best = run
+    return best
+
+
+class _Verification:
+    """Compares page digests on another thread while the next group is being read."""
+
+    def __init__(
+        self, mode: str, run: BlockRecords, local: PagedMemory, local_pages: np.ndarray, pool: ThreadPoolExecutor
+    ) -> None:
+        self._run, self._local, self._local_pages, self._pool = run, local, local_pages, pool
+        self._wanted = run["digest"] != _NO_DIGEST
+        if mode == "none":
+            self._wanted[:] = False
+        elif mode == "sampled":
+            offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
+            self._wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
+        self._futures: list[Future[list[int]]] = []
+        self.blocks = int(self._wanted.sum())
+
+    def on_group(self, indices: np.ndarray) -> None:
+        """Verify pages that have just arrived."""
+        chosen = indices[self._wanted[indices]].tolist()
+        if chosen:
+            self._futures.append(self._pool.submit(self._mismatches, chosen))
+
+    def _mismatches(self, indices: list[int]) -> list[int]:
+        digests = self._run["digest"]
+        return [i for i in indices if page_digest(self._local, int(self._local_pages[i])) != digests[i].tobytes()]
+
+    def wait(self) -> dict[int, MissReason]:
+        """Return the pages whose bytes are not those announced."""
+        return {i: MissReason.DIGEST_MISMATCH for future in self._futures for i in future.result()}

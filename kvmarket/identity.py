@@ -1,0 +1,130 @@
+"""Whose KV is it: the model, the spec, the hashing scheme, the tenant. Two namespaces never see each other's blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from kvmarket.errors import InvalidInputError
+from kvmarket.hashing import HASH_ALGORITHMS
+from kvmarket.spec import KVCacheSpec
+
+PROTOCOL_MAJOR = 1
+"""Bumped when blocks of an older kvmarket must not be found by a newer one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which weights computed the KV.
+
+    Attributes:
+        name: the model's name.
+        revision: its revision, or empty.
+        weights_digest: a digest or epoch of the weights, for weights that change under one name.
+        adapter: digest of a LoRA or other adapter merged into the computation, or empty.
+    """
+
+    name: str
+    revision: str = ""
+    weights_digest: str = ""
+    adapter: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("name", "revision", "weights_digest", "adapter"):
+            if not isinstance(getattr(self, key), str):
+                raise InvalidInputError(f"ModelIdentity.{key} must be text, not {getattr(self, key)!r}")
+        if not self.name:
+            raise InvalidInputError("ModelIdentity.name is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Everything that must be equal before one process may adopt another's blocks.
+
+    Attributes:
+        model: which weights.
+        spec: the page.
+        algorithm: how block hashes are made: one of ours, or an engine's (``vllm:sha256`` ...).
+        root: for an engine's own hashes, the root its chains start from; empty for ours.
+        tenant: whose blocks these are.
+        salt: a secret mixed into the digest; never stored or shown.
+        engine: engine-specific facts that must be equal, by name.
+    """
+
+    model: ModelIdentity
+    spec: KVCacheSpec
+    algorithm: str = "sha256"
+    root: bytes = b""
+    tenant: str = ""
+    salt: bytes = field(default=b"", repr=False)
+    engine: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in HASH_ALGORITHMS and ":" not in self.algorithm:
+            known = ", ".join(HASH_ALGORITHMS)
+            raise InvalidInputError(f"hash algorithm {self.algorithm!r} is not one of: {known}, or 'engine:name'")
+        if not isinstance(self.salt, bytes):
+            raise InvalidInputError(f"Namespace.salt must be bytes, not {type(self.salt).__name__}")
+
+    def describe(self) -> dict[str, Any]:
+        """Every field by name, flat, with the salt reduced to a short one-way tag: safe to store and to show."""
+        salt_tag = hashlib.sha256(b"kvmarket.salt.1" + self.salt).hexdigest()[:8] if self.salt else ""
+        spec = {f"spec.{key}": value for key, value in self.spec.as_dict().items()}
+        engine = {f"engine.{key}": value for key, value in self.engine}
+        return {
+            "protocol": PROTOCOL_MAJOR,
+            "model.name": self.model.name,
+            "model.revision": self.model.revision,
+            "model.weights_digest": self.model.weights_digest,
+            "model.adapter": self.model.adapter,
+            "hash.algorithm": self.algorithm,
+            "hash.root": self.root.hex(),
+            "tenant": self.tenant,
+            "salt": salt_tag,
+            **spec,
+            **engine,
+        }
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes: the root of this namespace's block hashes and its key in the registry."""
+        packed = msgpack.packb(sorted(self.describe().items()), use_bin_type=True)
+        return hmac.digest(self.salt, b"kvmarket.namespace.1" + packed, "sha256")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerInfo:
+    """One process (one incarnation of it) that lends pages.
+
+    Attributes:
+        owner: its number in this registry; never used again after it.
+        incarnation: 16 random bytes made at its start.
+        pid: its process id in its own PID namespace.
+        pid_namespace: identity of that namespace (inode), to know whether `pid` means anything here.
+        boot_id: identity of the running kernel, to know whether it is this host.
+        host: host name, for people.
+    """
+
+    owner: int
+    incarnation: bytes
+    pid: int
+    pid_namespace: int
+    boot_id: str
+    host: str
+
+    def __str__(self) -> str:
+        return f"{self.host}/pid {self.pid}"
+
+
+def describe_differences(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return ``field: mine != other`` for each field in which two namespace descriptions differ."""
+    keys = [*mine, *(key for key in other if key not in mine)]
+    return [
+        f"{key}: {mine.get(key, '(absent)')!r} here, {other.get(key, '(absent)')!r} there"
+        for key in keys
+        if mine.get(key) != other.get(key)
+    ]

@@ -1,0 +1,349 @@
+"""The facade: publish, fetch, match, withdraw, in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from kvmarket.arena_publish import ArenaPublisher
+from kvmarket.config import MarketConfig
+from kvmarket.core import MarketCore
+from kvmarket.deadline import Deadline
+from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
+from kvmarket.fetch import Outcome
+from kvmarket.hashing import TokenIds, hash_blocks, token_array
+from kvmarket.identity import ModelIdentity, Namespace
+from kvmarket.region.memory import SharedMemory
+from kvmarket.region.pages import PagedMemory
+from kvmarket.registry import LookupResult, Registry, block_keys
+from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport
+from kvmarket.spec import KVCacheSpec
+from kvmarket.staging import StagingPool
+from kvmarket.tensors import as_pages
+
+T = TypeVar("T")
+
+INLINE_BYTES_MAX = 128 << 10
+"""Fetches of at most this many bytes are copied on the event loop: a thread hop would take longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """What `Marketplace.fetch` returns.
+
+    Attributes:
+        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it.
+        report: what happened.
+    """
+
+    kv: np.ndarray
+    report: FetchReport
+
+
+class Marketplace:
+    """Blocks of one namespace, published by this process and fetched from others. Use as ``async with``.
+
+    Args:
+        model: which weights, by name or as `ModelIdentity`.
+        spec: the KV cache page.
+        config: settings; default: from ``KVMARKET_*``.
+        registry: share one registry object between marketplaces of this process; default: the one `config` names.
+
+    Raises:
+        ConfigError, InvalidInputError, RegistryError: at construction, when something cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: ModelIdentity | str,
+        spec: KVCacheSpec,
+        *,
+        config: MarketConfig | None = None,
+        registry: Registry | None = None,
+    ) -> None:
+        config = config or MarketConfig.from_env()
+        identity = ModelIdentity(model) if isinstance(model, str) else model
+        namespace = Namespace(identity, spec, config.hash, tenant=config.tenant, salt=config.salt.encode())
+        self._core = MarketCore(namespace, config, registry)
+        self._config, self._spec, self._root = config, spec, namespace.digest
+        self._readers = ThreadPoolExecutor(config.fetch_concurrency, "kvmarket-read")
+        self._writer = ThreadPoolExecutor(1, "kvmarket-publish")
+        self._slots = asyncio.Semaphore(config.fetch_concurrency)
+        self._staging = StagingPool()
+        self._arena: ArenaPublisher | None = None
+        self._running: set[asyncio.Future[Any]] = set()
+        self._closed = False
+
+    # ---- life
+
+    async def __aenter__(self) -> Marketplace:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Withdraw everything this process published and release all handles. Waits for running calls. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._running:
+            await asyncio.wait(set(self._running))
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._readers.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
+        self._core.close()
+        if self._arena is not None:
+            self._arena.close()
+
+    @property
+    def namespace(self) -> Namespace:
+        """What must be equal for another process to share blocks with this one."""
+        return self._core.namespace
+
+    @property
+    def core(self) -> MarketCore:
+        """The synchronous core, for `lend` and for engines with threads of their own."""
+        return self._core
+
+    def metrics(self) -> dict[str, float]:
+        """Return all counters."""
+        return self._core.metrics.snapshot()
+
+    def allocate(self, num_blocks: int) -> tuple[SharedMemory, np.ndarray]:
+        """Make shared memory for `num_blocks` pages that can be lent: returns it and its (num_blocks, page_bytes) view."""
+        memory = SharedMemory(num_blocks * self._spec.page_bytes, "pages")
+        return memory, memory.array.reshape(num_blocks, self._spec.page_bytes)
+
+    # ---- publish
+
+    async def publish(
+        self, tokens: TokenIds, kv: Any, *, extra_keys: Sequence[bytes] | None = None, deadline_s: float | None = None
+    ) -> PublishReport:
+        """Offer the KV of a prefix to every process of the namespace; copies it once into this process's arena.
+
+        Args:
+            tokens: (n,) token ids of the prefix. Only full blocks are published.
+            kv: the pages of its full blocks in order, see `kvmarket.tensors.as_pages`.
+            extra_keys: per full block, what else makes its KV differ (image digests, ...).
+            deadline_s: seconds; default `MarketConfig.publish_deadline_s`.
+
+        Returns:
+            When it returns, peers can fetch the blocks.
+
+        Raises:
+            InvalidInputError: the tokens or the KV do not fit; nothing was published.
+            DeadlineExceededError: the registry did not answer in time; the blocks may appear later.
+            RegistryError: the registry refused.
+        Cancellation:
+            `kv` may be reused only after the call is over; a cancelled call waits until it no longer reads `kv`.
+        """
+        began = time.perf_counter()
+        pages = as_pages(kv, self._spec)
+        hashes = self._hash(tokens, extra_keys)
+        if len(pages) != len(hashes):
+            raise InvalidInputError(f"kv has {len(pages)} blocks for {len(hashes)} full blocks of tokens")
+        keys = block_keys(hashes)
+        deadline = Deadline(self._config.publish_deadline_s if deadline_s is None else deadline_s)
+        new = await self._run(self._writer, lambda: self._publish(keys, pages, deadline), deadline)
+        tokens_covered = len(hashes) * self._spec.block_size
+        nbytes = new * self._spec.page_bytes
+        return PublishReport(tokens_covered, len(hashes), new, nbytes, time.perf_counter() - began)
+
+    def _publish(self, keys: list[bytes], pages: np.ndarray, deadline: Deadline) -> int:
+        if not keys:
+            return 0
+        if self._arena is None:
+            self._arena = ArenaPublisher(self._core)
+        return self._arena.publish(keys, pages, deadline)
+
+    async def withdraw(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
+        """Take this process's blocks of a prefix back; returns how many. Peers stop adopting them at once."""
+        keys = block_keys(self._hash(tokens, extra_keys))
+        deadline = Deadline(self._config.publish_deadline_s)
+        return await self._run(self._writer, lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
+
+    async def bump_epoch(self) -> int:
+        """Make every process forget all blocks of this namespace, for new weights; returns the new epoch."""
+
+        def bump() -> int:
+            epoch = self._core.bump_epoch()
+            if self._arena is not None:
+                self._arena.clear()
+            return epoch
+
+        return await self._run(self._writer, bump, Deadline(self._config.publish_deadline_s))
+
+    # ---- match and fetch
+
+    async def match(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> MatchReport:
+        """Say how much of a prefix is published, and why not more, without moving a byte."""
+        began = time.perf_counter()
+        keys = block_keys(self._hash(tokens, extra_keys))
+        found, reason, detail = await self._lookup(keys)
+        owners = tuple(found.owners)
+        missing = found.blocks if found.blocks < len(keys) else None
+        matched = found.blocks * self._spec.block_size
+        seconds = time.perf_counter() - began
+        return MatchReport(matched, found.blocks, len(keys), owners, reason, missing, detail, seconds)
+
+    async def fetch(
+        self,
+        tokens: TokenIds,
+        *,
+        out: Any = None,
+        extra_keys: Sequence[bytes] | None = None,
+        deadline_s: float | None = None,
+    ) -> FetchResult:
+        """Fetch the KV of the longest published prefix of `tokens`.
+
+        Args:
+            tokens: (n,) token ids.
+            out: where to put the pages, a writable array or CPU tensor of at least one page per full block (see
+                `kvmarket.tensors.as_pages`); default: a buffer from a pool, which is reused when the result is gone.
+            extra_keys: as for `publish`.
+            deadline_s: seconds; default `MarketConfig.fetch_deadline_s`. When it passes, what is proven by then is the hit.
+
+        Returns:
+            The pages and a report. A miss is a result with no pages, and the report says why.
+
+        Raises:
+            InvalidInputError: the tokens or `out` cannot be used.
+            MarketClosedError: this marketplace is closed.
+        Cancellation:
+            A cancelled call waits until nothing writes to `out` any more (at most one group of pages), then raises.
+        """
+        began = time.perf_counter()
+        count = len(token_array(tokens))
+        keys = block_keys(self._hash(tokens, extra_keys))
+        target = None if out is None else as_pages(out, self._spec, writable=True, what="out")
+        if target is not None and len(target) < len(keys):
+            raise InvalidInputError(f"out has {len(target)} blocks for {len(keys)} full blocks of tokens")
+        deadline = Deadline(self._config.fetch_deadline_s if deadline_s is None else deadline_s)
+        hashed = time.perf_counter()
+        found, reason, detail = await self._lookup(keys)
+        looked_up = time.perf_counter()
+        outcome = Outcome(reason=reason, detail=detail)
+        if target is None:
+            target = self._staging.pages(found.blocks, self._spec.page_bytes)
+        if found.blocks:
+            outcome = await self._read(found, target, deadline)
+            if outcome.reason is MissReason.NONE:
+                outcome.reason, outcome.detail = reason, detail
+        stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
+        stages["total"] = time.perf_counter() - began
+        report = self._report(count, len(keys), found, outcome, stages)
+        return FetchResult(target[: outcome.blocks], report)
+
+    async def _lookup(self, keys: list[bytes]) -> tuple[LookupResult, MissReason, str]:
+        self._require_open()
+        if not keys:
+            found = LookupResult(0, 0, np.empty(0))
+            return (
+                found,
+                MissReason.SHORT_PROMPT,
+                f"the prompt is shorter than one block of {self._spec.block_size} tokens",
+            )
+        if self._core.registry.local:
+            return self._core.fetcher.lookup(keys)
+        return await self._run(
+            self._readers, lambda: self._core.fetcher.lookup(keys), Deadline(self._config.fetch_deadline_s)
+        )
+
+    async def _read(self, found: LookupResult, target: np.ndarray, deadline: Deadline) -> Outcome:
+        local, pages = PagedMemory.packed(target), np.arange(found.blocks)
+        if found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
+            return self._core.fetcher.read(found, local, pages, deadline)
+        try:
+            async with asyncio.timeout(deadline.remaining_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            return Outcome(reason=MissReason.DEADLINE, detail="too many fetches were running")
+        try:
+            return await self._run(
+                self._readers, lambda: self._core.fetcher.read(found, local, pages, deadline), None, deadline
+            )
+        finally:
+            self._slots.release()
+
+    def _report(
+        self, tokens: int, blocks_asked: int, found: LookupResult, outcome: Outcome, stages: dict[str, float]
+    ) -> FetchReport:
+        metrics = self._core.metrics
+        metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=outcome.blocks * self._spec.block_size)
+        if outcome.reason is not MissReason.NONE:
+            metrics.add_reason("fetch_ended", outcome.reason)
+        return FetchReport(
+            tokens_asked=tokens,
+            tokens_matched=found.blocks * self._spec.block_size,
+            tokens_adopted=outcome.blocks * self._spec.block_size,
+            blocks_adopted=outcome.blocks,
+            blocks_verified=outcome.blocks_verified,
+            nbytes=outcome.blocks * self._spec.page_bytes,
+            sources=outcome.sources,
+            transfers=tuple(outcome.transfers),
+            stages=stages,
+            reason=outcome.reason,
+            first_missing_block=outcome.blocks if outcome.blocks < blocks_asked else None,
+            detail=outcome.detail,
+        )
+
+    # ---- inner
+
+    def _hash(self, tokens: TokenIds, extra_keys: Sequence[bytes] | None) -> list[bytes]:
+        self._require_open()
+        return hash_blocks(
+            tokens, self._spec.block_size, root=self._root, algorithm=self._config.hash, extra_keys=extra_keys
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise MarketClosedError("this marketplace is closed")
+
+    async def _run(
+        self, pool: ThreadPoolExecutor, work: Callable[[], T], limit: Deadline | None, cancel: Deadline | None = None
+    ) -> T:
+        """Run `work` on a thread. It is never abandoned while it may touch the caller's memory.
+
+        Args:
+            limit: raise `DeadlineExceededError` when it passes (the work goes on, and owns nothing of the caller's).
+            cancel: expire this deadline when the caller is cancelled, so that the work ends early.
+        """
+        self._require_open()
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        try:
+            done, _ = await asyncio.wait({future}, timeout=limit.remaining_s if limit else None)
+        except asyncio.CancelledError:
+            for deadline in (limit, cancel):
+                if deadline is not None:
+                    deadline.cancel()
+            await _drain(future)
+            raise
+        if not done:
+            future.add_done_callback(lambda f: f.cancelled() or f.exception())
+            raise DeadlineExceededError("the registry did not answer before the deadline")
+        return future.result()
+
+
+async def _drain(future: asyncio.Future[Any]) -> None:
+    """Wait for a future to end whatever happens, further cancellations included."""
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError:
+            continue
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,228 @@
+"""Publishing pages in place: generations at once, digests and the registry off the caller's path.
+
+`offer` makes pages readable and returns; a thread computes digests and announces. `retract` makes pages unreadable and
+returns; the same thread withdraws their records. A page is never announced under a generation that it no longer has.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvmarket.deadline import Deadline
+from kvmarket.digest import page_digests
+from kvmarket.errors import DeadlineExceededError, KVMarketError, MarketClosedError
+from kvmarket.identity import Namespace, OwnerInfo
+from kvmarket.metrics import Metrics
+from kvmarket.region.region import LentRegion
+from kvmarket.registry import Registry
+from kvmarket.registry.records import make_records
+
+logger = logging.getLogger(__name__)
+
+BATCH_PAGES = 256
+"""Pages announced per registry transaction."""
+QUEUE_MAX = 1024
+"""Batches waiting for the announcing thread; more are dropped and counted, they are only lost hits."""
+
+
+@dataclass
+class _Job:
+    keys: list[bytes]
+    pages: np.ndarray
+    generations: np.ndarray | None
+    done: Future[int] | None = None
+
+
+class Publisher:
+    """Publishes the pages of one lent region. Thread-safe; `offer` and `retract` never block and never do I/O."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        registry: Registry,
+        owner: OwnerInfo,
+        region: LentRegion,
+        metrics: Metrics,
+        with_digests: bool,
+    ) -> None:
+        self._digest = namespace.digest
+        self._registry, self._owner, self._region, self._metrics = registry, owner, region, metrics
+        self._with_digests = with_digests
+        self._epoch = registry.epoch(self._digest)
+        self._lock = threading.Lock()
+        self._key_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._queue: queue.Queue[_Job | None] = queue.Queue(QUEUE_MAX)
+        self._closed = False
+        self._failed_before = False
+        self._thread = threading.Thread(target=self._run, name="kvmarket-announce", daemon=True)
+        self._thread.start()
+
+    def page_of(self, key: bytes) -> int | None:
+        """Return the page under which a block is offered, or None."""
+        with self._lock:
+            return self._page_of.get(key)
+
+    def offer(self, keys: Sequence[bytes], pages: Sequence[int], *, wait: bool = False) -> Future[int] | None:
+        """Make `pages` readable as the blocks `keys`; their bytes must be final. Announced soon after, in order.
+
+        Args:
+            keys: registry keys, see `kvmarket.registry.block_keys`; blocks that are offered already are left alone.
+            pages: the page of each.
+            wait: return a future of the number of blocks announced.
+        """
+        done: Future[int] | None = Future() if wait else None
+        with self._lock:
+            if self._closed:
+                raise MarketClosedError("this marketplace is closed")
+            fresh = [(key, page) for key, page in zip(keys, pages, strict=True) if key not in self._page_of]
+            numbers = self._region.page_numbers([page for _, page in fresh])
+            for key, page in fresh:
+                previous = self._key_of.get(page)
+                if previous is not None:
+                    del self._page_of[previous]
+                self._key_of[page], self._page_of[key] = key, page
+            generations = self._region.generations.validate(numbers)
+            self._put(_Job([key for key, _ in fresh], numbers, generations, done))
+        return done
+
+    def retract(self, pages: Sequence[int]) -> None:
+        """Make `pages` unreadable before they are overwritten or freed. Pages that were not offered are fine."""
+        with self._lock:
+            numbers = self._region.page_numbers(pages)
+            self._region.generations.invalidate(numbers)
+            keys: list[bytes] = []
+            for page in numbers.tolist():
+                key = self._key_of.pop(page, None)
+                if key is not None:
+                    del self._page_of[key]
+                    keys.append(key)
+            if keys and not self._closed:
+                self._put(_Job(keys, numbers, None))
+
+    def forget_all(self, epoch: int | None = None) -> None:
+        """Make every page unreadable and drop what was offered; `epoch` is the namespace's from now on."""
+        with self._lock:
+            self._region.generations.invalidate(np.fromiter(self._key_of, np.int64, len(self._key_of)))
+            self._key_of.clear()
+            self._page_of.clear()
+            self._epoch = self._registry.epoch(self._digest) if epoch is None else epoch
+
+    def flush(self, deadline: Deadline) -> None:
+        """Wait until everything offered so far is announced. Raises `DeadlineExceededError`."""
+        future = self.offer([], [], wait=True)
+        assert future is not None
+        try:
+            future.result(deadline.remaining_s)
+        except TimeoutError as error:
+            raise DeadlineExceededError("the registry did not take the announcements in time") from error
+
+    def close(self) -> None:
+        """Make every page unreadable and stop the thread. Waits at most a second for a write that is under way."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._region.generations.invalidate(np.fromiter(self._key_of, np.int64, len(self._key_of)))
+        while True:
+            try:
+                self._queue.put_nowait(None)
+                break
+            except queue.Full:
+                self._fail_oldest()
+        self._thread.join(1.0)
+
+    def _fail_oldest(self) -> None:
+        try:
+            job = self._queue.get_nowait()
+        except queue.Empty:
+            return
+        if job is not None and job.done is not None:
+            job.done.set_exception(MarketClosedError("this marketplace was closed"))
+
+    def _put(self, job: _Job) -> None:
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            self._metrics.add(announcements_dropped=len(job.keys))
+            if job.done is not None:
+                job.done.set_exception(DeadlineExceededError("too many announcements are waiting for the registry"))
+
+    # ---- the announcing thread
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            jobs = [job]
+            pages = len(job.keys)
+            stop = False
+            while pages < BATCH_PAGES and not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    stop = True
+                    break
+                jobs.append(following)
+                pages += len(following.keys)
+            self._work(jobs)
+            if stop:
+                return
+
+    def _work(self, jobs: list[_Job]) -> None:
+        """Do jobs in order; consecutive ones of one kind share a transaction."""
+        start = 0
+        for end in range(1, len(jobs) + 1):
+            if end < len(jobs) and (jobs[end].generations is None) == (jobs[start].generations is None):
+                continue
+            group = jobs[start:end]
+            start = end
+            try:
+                announced = self._withdraw(group) if group[0].generations is None else self._announce(group)
+                self._failed_before = False
+            except KVMarketError as error:
+                self._metrics.add(announcements_failed=sum(len(job.keys) for job in group))
+                if not self._failed_before:
+                    logger.warning("kvmarket: blocks are not announced: %s", error)
+                self._failed_before = True
+                for job in group:
+                    if job.done is not None:
+                        job.done.set_exception(error)
+                continue
+            for job in group:
+                if job.done is not None:
+                    job.done.set_result(announced)
+
+    def _announce(self, jobs: list[_Job]) -> int:
+        keys = [key for job in jobs for key in job.keys]
+        if not keys:
+            return 0
+        pages = np.concatenate([job.pages for job in jobs])
+        generations = np.concatenate([job.generations for job in jobs if job.generations is not None])
+        digests = page_digests(self._region.pages, pages) if self._with_digests else None
+        # A page that changed while its digest was computed has another generation by now: leave it out.
+        current = np.flatnonzero(self._region.generations.values[pages] == generations)
+        keys = [keys[i] for i in current]
+        if digests is not None:
+            digests = [digests[i] for i in current]
+        records = make_records(self._owner.owner, self._region.region_id, pages[current], generations[current], digests)
+        if not keys:
+            return 0
+        if not self._registry.announce(self._digest, self._epoch, keys, records):
+            self._metrics.add(epochs_observed=1)
+            self.forget_all()
+            return 0
+        self._metrics.add(blocks_announced=len(keys))
+        return len(keys)
+
+    def _withdraw(self, jobs: list[_Job]) -> int:
+        keys = []
+        with self._lock:  # a block offered again since then keeps its newer record
+            keys = [key for job in jobs for key in job.keys if key not in self._page_of]
+        removed = self._registry.withdraw(self._digest, self._owner.owner, keys) if keys else 0
+        self._metrics.add(blocks_withdrawn=removed)
+        return removed

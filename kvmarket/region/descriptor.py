@@ -1,0 +1,88 @@
+"""What a reader must know of a region to read it: where its pages and generations are, and what to check them against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvmarket.errors import InvalidInputError, RegistryProtocolError
+from kvmarket.region.generations import PROBE_BYTES
+from kvmarket.region.memory import MemoryAddress
+from kvmarket.region.pages import PageLayout, Segment
+
+SEGMENTS_MAX = 65536
+MEMORIES_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RegionDescriptor:
+    """The public face of a lent region.
+
+    Attributes:
+        region_id: its number among its owner's regions.
+        fingerprint: the KV cache spec's, 16 bytes.
+        layout: where the pages lie in `memories`.
+        memories: shared memories, empty when only the owner's process can read the region.
+        generations: the generation table.
+        probe: bytes that a reader must find in the table, proof that the path carries bytes.
+    """
+
+    region_id: int
+    fingerprint: bytes
+    layout: PageLayout
+    memories: tuple[MemoryAddress, ...]
+    generations: MemoryAddress
+    probe: bytes
+
+    def to_wire(self) -> dict[str, Any]:
+        """The msgpack-ready form."""
+        return {
+            "region": self.region_id,
+            "spec": self.fingerprint,
+            "layout": self.layout.as_list(),
+            "memories": [memory.as_list() for memory in self.memories],
+            "generations": self.generations.as_list(),
+            "probe": self.probe,
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> RegionDescriptor:
+        """Read `to_wire`'s form; unknown keys are ignored.
+
+        Raises:
+            RegistryProtocolError: something is missing, of the wrong type or out of bounds.
+        """
+        try:
+            num_pages, segments = wire["layout"]
+            memories = wire["memories"]
+            if len(segments) > SEGMENTS_MAX or len(memories) > MEMORIES_MAX:
+                raise RegistryProtocolError(
+                    f"a region of {len(segments)} segments in {len(memories)} memories is too large"
+                )
+            layout = PageLayout(_integer(num_pages), tuple(Segment(*map(_integer, item)) for item in segments))
+            descriptor = cls(
+                region_id=_integer(wire["region"]),
+                fingerprint=_data(wire["spec"], 16),
+                layout=layout,
+                memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
+                generations=MemoryAddress(*map(_integer, wire["generations"])),
+                probe=_data(wire["probe"], PROBE_BYTES),
+            )
+            if memories:
+                layout.check([memory.nbytes for memory in descriptor.memories])
+        except (KeyError, TypeError, ValueError, InvalidInputError) as error:
+            raise RegistryProtocolError(f"a region descriptor cannot be read: {error!r}") from error
+        return descriptor
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is not a non-negative integer")
+    return value
+
+
+def _data(value: object, length: int) -> bytes:
+    if not isinstance(value, bytes) or len(value) != length:
+        raise ValueError(f"expected {length} bytes")
+    return value

@@ -1,0 +1,62 @@
+"""A region lent to peers: pages in place plus the generations that guard them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvmarket.errors import InvalidInputError
+from kvmarket.region.descriptor import RegionDescriptor
+from kvmarket.region.generations import GenerationTable
+from kvmarket.region.memory import SharedMemory
+from kvmarket.region.pages import PagedMemory, PageLayout
+
+
+class LentRegion:
+    """Pages of this process that peers may read. The owner promises `invalidate` before a page's bytes change.
+
+    Attributes:
+        region_id: its number among this owner's regions.
+        pages: the pages, writable.
+        generations: one counter per page, shared with readers.
+    """
+
+    def __init__(
+        self, region_id: int, incarnation: bytes, pages: PagedMemory, shared: Sequence[SharedMemory], fingerprint: bytes
+    ) -> None:
+        """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them)."""
+        pages.layout.check([len(memory) for memory in pages.memories])
+        self.region_id, self.pages, self._shared, self._fingerprint = region_id, pages, tuple(shared), fingerprint
+        self.generations = GenerationTable(pages.layout.num_pages, incarnation)
+
+    @property
+    def layout(self) -> PageLayout:
+        """Where the pages lie."""
+        return self.pages.layout
+
+    def page_numbers(self, pages: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return `pages` as an int64 array, or raise `InvalidInputError` for one that this region does not have."""
+        numbers = np.asarray(pages, dtype=np.int64).reshape(-1)
+        if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.layout.num_pages:
+            raise InvalidInputError(f"page number outside [0, {self.layout.num_pages}) in region {self.region_id}")
+        return numbers
+
+    def invalidate(self, pages: Sequence[int] | np.ndarray) -> None:
+        """Stop peers from adopting `pages`, at once. Call it before their bytes change."""
+        self.generations.invalidate(self.page_numbers(pages))
+
+    def describe(self) -> RegionDescriptor:
+        """What peers are told of this region."""
+        return RegionDescriptor(
+            region_id=self.region_id,
+            fingerprint=self._fingerprint,
+            layout=self.layout,
+            memories=tuple(memory.address for memory in self._shared),
+            generations=self.generations.memory.address,
+            probe=self.generations.probe,
+        )
+
+    def close(self) -> None:
+        """Make every page unreadable and give the generation table back. The pages' memory stays the caller's."""
+        self.generations.close()

@@ -1,0 +1,110 @@
+"""The registry interface. Calls are synchronous and thread-safe; a `local` registry never waits for anybody.
+
+A registry holds *hints*: what is true is the generation at the owner. It must never invent a record, never return one of
+an owner that is not alive, and never return one across namespaces or epochs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmarket.identity import OwnerInfo
+from kvmarket.registry.records import BlockRecords
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceInfo:
+    """A namespace that somebody publishes in: its digest, its public description, and its live owners."""
+
+    digest: bytes
+    description: dict[str, Any]
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LookupResult:
+    """The longest run of blocks that live owners announced.
+
+    Attributes:
+        epoch: the namespace's epoch; compare with `Registry.epoch` before adopting (0: unknown namespace).
+        blocks: number of consecutive blocks, from the first one asked for, that have at least one record.
+        records: their records, sorted by block; several owners of one block give several records.
+        first_missing: what ended the run: ``""``, ``not_published`` or ``owner_gone``.
+    """
+
+    epoch: int
+    blocks: int
+    records: BlockRecords
+    first_missing: str = ""
+    owners: dict[int, OwnerInfo] = field(default_factory=dict)
+
+
+class Registry(ABC):
+    """Who holds which block."""
+
+    scheme: str
+    local: bool
+    """True when look-ups take microseconds and never block, so that an event loop may call them directly."""
+
+    @abstractmethod
+    def register_owner(self, incarnation: bytes) -> OwnerInfo:
+        """Enter this process as an owner; it stays one until `release_owner` or its death."""
+
+    @abstractmethod
+    def register_region(self, owner: int, region_id: int, descriptor: dict[str, Any]) -> None:
+        """Make a region of `owner` known. Must come before records that name it."""
+
+    @abstractmethod
+    def release_owner(self, owner: int) -> None:
+        """Forget an owner of this process and all its records."""
+
+    @abstractmethod
+    def open_namespace(self, digest: bytes, description: dict[str, Any]) -> int:
+        """Make a namespace known, if it is not, and return its epoch."""
+
+    @abstractmethod
+    def announce(self, digest: bytes, epoch: int, keys: Sequence[bytes], records: BlockRecords) -> bool:
+        """Announce blocks, all or none; one owner's newer record of a block replaces its older one.
+
+        Returns:
+            False when the namespace's epoch is no longer `epoch`: the caller must forget what it published.
+        """
+
+    @abstractmethod
+    def withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
+        """Remove this owner's records of `keys`; return how many there were."""
+
+    @abstractmethod
+    def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
+        """Return the longest run of `keys`, from the first one on, that live owners hold."""
+
+    @abstractmethod
+    def region(self, owner: int, region_id: int) -> dict[str, Any] | None:
+        """Return a region's descriptor, or None."""
+
+    @abstractmethod
+    def alive(self, owner: int) -> bool:
+        """Tell whether that owner's process still runs."""
+
+    @abstractmethod
+    def epoch(self, digest: bytes) -> int:
+        """Return the namespace's epoch, or 0 when it is not known."""
+
+    @abstractmethod
+    def bump_epoch(self, digest: bytes) -> int:
+        """Make every process forget all blocks of the namespace, at once; return the new epoch."""
+
+    @abstractmethod
+    def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
+        """List namespaces that have live owners, for explanations."""
+
+    @abstractmethod
+    def sweep(self) -> int:
+        """Remove what dead owners left behind; return the number of owners removed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release this process's handles. Owners of this process must have been released. Idempotent."""

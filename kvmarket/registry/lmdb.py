@@ -1,0 +1,348 @@
+"""The embedded registry: one LMDB file shared by all processes of a host, without a daemon.
+
+Readers take no lock and make no system call worth naming; writers take turns. Tables:
+
+    meta        counters and the version
+    owners      owner (4)              -> who it is
+    regions     owner (4) region (2)   -> descriptor
+    namespaces  digest                 -> epoch and description
+    blocks      epoch (4) block key    -> records, one per owner
+    runs        owner (4)              -> epoch (4) head (8) of every run the owner has blocks in, for fencing
+    retired     epoch (4)              -> epochs whose blocks may be removed
+
+Bumping an epoch gives the namespace a new number, which makes all its blocks unreachable at once; `sweep` removes them later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from kvmarket.errors import RegistryProtocolError
+from kvmarket.identity import OwnerInfo
+from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
+from kvmarket.registry.host import this_process
+from kvmarket.registry.lmdb_file import acquire_file, release_file
+from kvmarket.registry.records import (
+    HEAD_BYTES,
+    RECORD,
+    BlockRecords,
+    decode_records,
+    encode_records,
+    pack,
+    unpack,
+)
+
+LOOKUP_BATCH = 128
+SWEEP_KEYS_MAX = 20_000
+"""Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""
+_U32 = 4
+_OWNER_AT = slice(3, 7)  # where a record of this version holds its owner
+
+
+def _u32(number: int) -> bytes:
+    return number.to_bytes(_U32, "big")
+
+
+class LmdbRegistry(Registry):
+    """The registry file in `directory`, opened for this process."""
+
+    scheme = "lmdb"
+    local = True
+
+    def __init__(self, directory: Path, *, map_bytes: int = 1 << 30) -> None:
+        self._file = acquire_file(directory, map_bytes)
+        self._owner_cache: dict[int, OwnerInfo] = {}
+        self._closed = False
+
+    # ---- owners
+
+    def register_owner(self, incarnation: bytes) -> OwnerInfo:
+        with self._file.write() as txn:
+            number = self._next(txn, b"owner")
+            info = this_process(number, incarnation)
+            self._file.locks.acquire(number)
+            body = {"incarnation": incarnation, "pid": info.pid, "pidns": info.pid_namespace}
+            body |= {"boot": info.boot_id, "host": info.host}
+            txn.put(_u32(number), pack("owner", body), db=self._table("owners"))
+        return info
+
+    def register_region(self, owner: int, region_id: int, descriptor: dict[str, Any]) -> None:
+        with self._file.write() as txn:
+            key = _u32(owner) + region_id.to_bytes(2, "big")
+            txn.put(key, pack("region", descriptor), db=self._table("regions"))
+
+    def release_owner(self, owner: int) -> None:
+        self._fence(owner)
+        self._file.locks.release(owner)
+
+    def region(self, owner: int, region_id: int) -> dict[str, Any] | None:
+        with self._file.read() as txn:
+            data = txn.get(_u32(owner) + region_id.to_bytes(2, "big"), db=self._table("regions"))
+        return unpack("region", data) if data is not None else None
+
+    def alive(self, owner: int) -> bool:
+        return self._file.locks.alive(owner)
+
+    def _owner(self, txn: lmdb.Transaction, owner: int) -> OwnerInfo | None:
+        known = self._owner_cache.get(owner)
+        if known is not None:
+            return known
+        data = txn.get(_u32(owner), db=self._table("owners"))
+        if data is None:
+            return None
+        body = unpack("owner", data)
+        try:
+            info = OwnerInfo(owner, body["incarnation"], body["pid"], body["pidns"], body["boot"], body["host"])
+        except KeyError as error:
+            raise RegistryProtocolError(f"the record of owner {owner} lacks {error}") from error
+        if len(self._owner_cache) > 4096:
+            self._owner_cache.clear()
+        self._owner_cache[owner] = info
+        return info
+
+    # ---- namespaces
+
+    def open_namespace(self, digest: bytes, description: dict[str, Any]) -> int:
+        if epoch := self.epoch(digest):
+            return epoch
+        with self._file.write() as txn:
+            if epoch := self._epoch(txn, digest):
+                return epoch
+            epoch = self._next(txn, b"epoch")
+            body = {"epoch": epoch, "description": description}
+            txn.put(digest, pack("namespace", body), db=self._table("namespaces"))
+            return epoch
+
+    def epoch(self, digest: bytes) -> int:
+        with self._file.read() as txn:
+            return self._epoch(txn, digest)
+
+    def bump_epoch(self, digest: bytes) -> int:
+        with self._file.write() as txn:
+            data = txn.get(digest, db=self._table("namespaces"))
+            if data is None:
+                return 0
+            body = unpack("namespace", data)
+            txn.put(_u32(body["epoch"]), b"", db=self._table("retired"))
+            epoch = self._next(txn, b"epoch")
+            fresh = {"epoch": epoch, "description": body.get("description", {})}
+            txn.put(digest, pack("namespace", fresh), db=self._table("namespaces"))
+            return epoch
+
+    def _epoch(self, txn: lmdb.Transaction, digest: bytes) -> int:
+        data = txn.get(digest, db=self._table("namespaces"))
+        return int(unpack("namespace", data).get("epoch", 0)) if data is not None else 0
+
+    def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
+        found: list[NamespaceInfo] = []
+        with self._file.read() as txn:
+            holders = self._owners_by_epoch(txn)
+            for digest, data in txn.cursor(self._table("namespaces")):
+                body = unpack("namespace", data)
+                owners = tuple(holders.get(body.get("epoch", 0), ()))
+                if owners and len(found) < limit:
+                    found.append(NamespaceInfo(digest, body.get("description", {}), owners))
+        return found
+
+    def _owners_by_epoch(self, txn: lmdb.Transaction) -> dict[int, list[int]]:
+        """Live owners of every epoch: one seek per (owner, epoch)."""
+        holders: dict[int, list[int]] = {}
+        cursor = txn.cursor(self._table("runs"))
+        for owner_key, _ in txn.cursor(self._table("owners")):
+            owner, epoch = int.from_bytes(owner_key, "big"), 0
+            if not self.alive(owner):
+                continue
+            while cursor.set_range_dup(owner_key, _u32(epoch)):
+                epoch = int.from_bytes(cursor.value()[:_U32], "big")
+                holders.setdefault(epoch, []).append(owner)
+                epoch += 1
+        return holders
+
+    # ---- blocks
+
+    def announce(self, digest: bytes, epoch: int, keys: Sequence[bytes], records: BlockRecords) -> bool:
+        owners = set(records["owner"].tolist())
+        with self._file.write() as txn:
+            if self._epoch(txn, digest) != epoch:
+                return False
+            for owner in owners:
+                if txn.get(_u32(owner), db=self._table("owners")) is None:
+                    raise RegistryProtocolError(f"owner {owner} is not registered")
+            prefix = _u32(epoch)
+            blocks, runs = txn.cursor(self._table("blocks")), txn.cursor(self._table("runs"))
+            seen: set[tuple[bytes, bytes]] = set()
+            for key, value in zip(keys, encode_records(records), strict=True):
+                full, owner_key = prefix + key, value[_OWNER_AT]
+                _delete_record(blocks, full, owner_key)
+                blocks.put(full, value)
+                seen.add((owner_key, full[: _U32 + HEAD_BYTES]))
+            for owner_key, run in seen:
+                runs.put(owner_key, run, dupdata=False)
+        return True
+
+    def withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
+        with self._file.write() as txn:
+            prefix, owner_key = _u32(self._epoch(txn, digest)), _u32(owner)
+            blocks = txn.cursor(self._table("blocks"))
+            removed = sum(_delete_record(blocks, prefix + key, owner_key) for key in keys)
+            runs = txn.cursor(self._table("runs"))
+            for run in {prefix + key[:HEAD_BYTES] for key in keys}:
+                if not _run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
+                    runs.delete()
+        return removed
+
+    def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
+        values: list[bytes] = []
+        blocks: list[int] = []
+        with self._file.read() as txn:
+            epoch = self._epoch(txn, digest)
+            if not epoch:
+                return LookupResult(0, 0, np.empty(0, RECORD), "not_published")
+            with txn.cursor(self._table("blocks")) as cursor:
+                _collect(cursor, _u32(epoch), keys, blocks, values)
+            records = decode_records(blocks, values)
+            owners = {owner: self._owner(txn, owner) for owner in np.unique(records["owner"]).tolist()}
+        living = {owner: info for owner, info in owners.items() if info is not None and self.alive(owner)}
+        complete = _run_length(records["block"], len(keys))
+        if len(living) < len(owners):
+            records = records[np.isin(records["owner"], list(living))]
+        run = _run_length(records["block"], len(keys))
+        ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
+        return LookupResult(epoch, run, records[records["block"] < run], ended, living)
+
+    # ---- upkeep
+
+    def sweep(self) -> int:
+        with self._file.read() as txn:
+            known = [int.from_bytes(key, "big") for key, _ in txn.cursor(self._table("owners"))]
+            retired = [key for key, _ in txn.cursor(self._table("retired"))]
+        dead = [owner for owner in known if not self.alive(owner)]
+        for owner in dead:
+            self._fence(owner)
+            self._file.locks.forget(owner)
+        for owner in set(self._file.locks.owners_on_disk()) - set(known):
+            if not self.alive(owner):
+                self._file.locks.forget(owner)
+        self._file.locks.remove_drafts()
+        for epoch in retired:
+            self._purge_epoch(epoch)
+        return len(dead)
+
+    def _fence(self, owner: int) -> None:
+        """Remove an owner and its records: the runs table makes that cost its own keys, in bounded transactions."""
+        owner_key = _u32(owner)
+        done = False
+        while not done:
+            with self._file.write() as txn:
+                txn.delete(owner_key, db=self._table("owners"))
+                _delete_prefix(txn.cursor(self._table("regions")), owner_key, SWEEP_KEYS_MAX)
+                done = self._fence_some(txn, owner_key)
+        self._owner_cache.pop(owner, None)
+
+    def _fence_some(self, txn: lmdb.Transaction, owner_key: bytes) -> bool:
+        runs, blocks = txn.cursor(self._table("runs")), txn.cursor(self._table("blocks"))
+        removed = 0
+        while runs.set_key(owner_key):
+            if removed >= SWEEP_KEYS_MAX:
+                return False
+            run = runs.value()
+            keys = _keys_of_run(blocks, run)
+            removed += len(keys)
+            for key in keys:
+                _delete_record(blocks, key, owner_key)
+            runs.set_key_dup(owner_key, run)
+            runs.delete()
+        return True
+
+    def _purge_epoch(self, epoch_key: bytes) -> None:
+        removed = SWEEP_KEYS_MAX
+        while removed >= SWEEP_KEYS_MAX:
+            with self._file.write() as txn:
+                removed = _delete_prefix(txn.cursor(self._table("blocks")), epoch_key, SWEEP_KEYS_MAX)
+                if removed < SWEEP_KEYS_MAX:
+                    txn.delete(epoch_key, db=self._table("retired"))
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            release_file(self._file)
+
+    def _table(self, name: str) -> Any:
+        return self._file.tables[name]
+
+    def _next(self, txn: lmdb.Transaction, counter: bytes) -> int:
+        number = int.from_bytes(txn.get(counter, db=self._table("meta")) or b"", "big") + 1
+        txn.put(counter, _u32(number), db=self._table("meta"))
+        return number
+
+
+def _collect(cursor: lmdb.Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
+    """Read the records of `keys` up to the first that has none, a batch at a time."""
+    for start in range(0, len(keys), LOOKUP_BATCH):
+        wanted = [prefix + key for key in keys[start : start + LOOKUP_BATCH]]
+        found = cursor.getmulti(wanted, dupdata=True)
+        if [key for key, _ in found] == wanted:  # one owner each: the common case, compared in C
+            blocks.extend(range(start, start + len(wanted)))
+            values.extend(value for _, value in found)
+            continue
+        by_key: dict[bytes, list[bytes]] = {}
+        for key, value in found:
+            by_key.setdefault(key, []).append(value)
+        for offset, key in enumerate(wanted):
+            if key not in by_key:
+                return
+            blocks.extend([start + offset] * len(by_key[key]))
+            values.extend(by_key[key])
+
+
+def _run_length(blocks: np.ndarray, asked: int) -> int:
+    """Return how many of blocks 0, 1, 2, ... are present in the sorted `blocks`."""
+    if len(blocks) == asked and asked and int(blocks[-1]) == asked - 1:
+        present = np.unique(blocks) if (np.diff(blocks) != 1).any() else blocks
+    else:
+        present = np.unique(blocks)
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    return int(gaps[0]) if len(gaps) else len(present)
+
+
+def _delete_record(cursor: lmdb.Cursor, key: bytes, owner_key: bytes) -> bool:
+    """Delete the record of one owner at `key`; tell whether there was one."""
+    if not cursor.set_key(key):
+        return False
+    for value in cursor.iternext_dup(keys=False, values=True):
+        if value[_OWNER_AT] == owner_key:
+            cursor.delete()
+            return True
+    return False
+
+
+def _keys_of_run(cursor: lmdb.Cursor, run: bytes) -> list[bytes]:
+    keys: list[bytes] = []
+    found = cursor.set_range(run)
+    while found and cursor.key().startswith(run):
+        keys.append(cursor.key())
+        found = cursor.next_nodup()
+    return keys
+
+
+def _run_has_owner(cursor: lmdb.Cursor, run: bytes, owner_key: bytes) -> bool:
+    found = cursor.set_range(run)
+    while found and cursor.key().startswith(run):
+        if cursor.value()[_OWNER_AT] == owner_key:
+            return True
+        found = cursor.next()
+    return False
+
+
+def _delete_prefix(cursor: lmdb.Cursor, prefix: bytes, limit: int) -> int:
+    removed = 0
+    found = cursor.set_range(prefix)
+    while found and removed < limit and cursor.key().startswith(prefix):
+        found = cursor.delete(dupdata=True)
+        removed += 1
+    return removed

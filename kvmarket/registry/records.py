@@ -1,0 +1,171 @@
+"""The registry's wire format: versioned msgpack, and the keys that keep a chain's blocks side by side.
+
+A block record is a msgpack array ``[major, owner, region, page, generation, digest]``. Its integers are written at fixed
+width, which msgpack allows, so that all records of this version are `RECORD_BYTES` long and a whole prefix decodes with
+one numpy view. A record of another length is decoded field by field: extra fields of a later minor version are ignored,
+another major is skipped.
+
+A block key is ``head (8) | index (4) | hash``: the head is the start of the hash of the first block of a run of
+`RUN_BLOCKS`, so the blocks of one prefix are neighbours in an ordered store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from kvmarket.errors import RegistryProtocolError
+
+MAJOR = 1
+RUN_BLOCKS = 32
+HEAD_BYTES = 8
+RECORD_BYTES_MAX = 511
+"""The longest value the ordered store takes when several owners hold one block."""
+DIGEST_BYTES = 16
+NO_DIGEST = bytes(DIGEST_BYTES)
+"""Stands for "the owner computed none": such a page can only be checked by its generation."""
+
+_WIRE = np.dtype(
+    [
+        ("array", "u1"),
+        ("major", "u1"),
+        ("t1", "u1"),
+        ("owner", ">u4"),
+        ("t2", "u1"),
+        ("region", ">u2"),
+        ("t3", "u1"),
+        ("page", ">u4"),
+        ("t4", "u1"),
+        ("generation", ">u8"),
+        ("t5", "u1"),
+        ("digest_len", "u1"),
+        ("digest", "V16"),
+    ]
+)
+RECORD_BYTES = _WIRE.itemsize
+_TAGS = {"array": 0x96, "major": MAJOR, "t1": 0xCE, "t2": 0xCD, "t3": 0xCE, "t4": 0xCF, "t5": 0xC4, "digest_len": 16}
+
+RECORD = np.dtype(
+    [("block", "i8"), ("owner", "i8"), ("region", "i8"), ("page", "i8"), ("generation", "u8"), ("digest", "V16")]
+)
+"""A decoded record: `block` is the index of the block in the prefix that was looked up."""
+
+BlockRecords = np.ndarray
+"""(n,) structured array of `RECORD`."""
+
+
+class RecordFields(NamedTuple):
+    """One block record, for callers that handle few."""
+
+    owner: int
+    region: int
+    page: int
+    generation: int
+    digest: bytes = NO_DIGEST
+
+
+def make_records(
+    owner: int, region: int, pages: np.ndarray, generations: np.ndarray, digests: Sequence[bytes] | None = None
+) -> BlockRecords:
+    """Build the records of blocks 0..n of one region: (n,) pages, (n,) generations, n digests of 16 bytes or None."""
+    records = np.zeros(len(pages), RECORD)
+    records["block"] = np.arange(len(pages))
+    records["owner"], records["region"] = owner, region
+    records["page"], records["generation"] = pages, generations
+    if digests is not None:
+        records["digest"] = np.frombuffer(b"".join(digests), "V16")
+    return records
+
+
+def block_keys(hashes: Sequence[bytes], start: int = 0) -> list[bytes]:
+    """Return the registry key of every block from `start` on, given the hashes of the whole prefix from block 0."""
+    keys: list[bytes] = []
+    for first in range(start - start % RUN_BLOCKS, len(hashes), RUN_BLOCKS):
+        head = hashes[first][:HEAD_BYTES]
+        for index in range(max(first, start), min(first + RUN_BLOCKS, len(hashes))):
+            keys.append(head + index.to_bytes(4, "big") + hashes[index])
+    return keys
+
+
+def encode_records(records: BlockRecords) -> list[bytes]:
+    """Return one msgpack record of `RECORD_BYTES` per block."""
+    wire = np.zeros(len(records), _WIRE)
+    for name, tag in _TAGS.items():
+        wire[name] = tag
+    for name in ("owner", "region", "page", "generation", "digest"):
+        wire[name] = records[name]
+    data = wire.tobytes()
+    return [data[i : i + RECORD_BYTES] for i in range(0, len(data), RECORD_BYTES)]
+
+
+def decode_records(blocks: Sequence[int], values: Sequence[bytes]) -> BlockRecords:
+    """Decode msgpack records; those that this version cannot use are left out, never an error.
+
+    Args:
+        blocks: the block index that each value belongs to.
+        values: msgpack, as `encode_records` or a later version wrote it.
+    """
+    data = b"".join(values)
+    if len(data) == RECORD_BYTES * len(values):
+        wire = np.frombuffer(data, _WIRE)
+        valid = np.ones(len(wire), bool)
+        for name, tag in _TAGS.items():
+            valid &= wire[name] == tag
+        if valid.all():
+            records = np.empty(len(wire), RECORD)
+            records["block"] = blocks
+            for name in ("owner", "region", "page", "generation", "digest"):
+                records[name] = wire[name]
+            return records
+    decoded = [(block, fields) for block, value in zip(blocks, values, strict=True) if (fields := _decode_one(value))]
+    records = np.zeros(len(decoded), RECORD)
+    for row, (block, fields) in zip(records, decoded, strict=True):
+        row["block"], row["owner"], row["region"] = block, fields.owner, fields.region
+        row["page"], row["generation"], row["digest"] = fields.page, fields.generation, np.void(fields.digest)
+    return records
+
+
+def _decode_one(value: bytes) -> RecordFields | None:
+    if len(value) > RECORD_BYTES_MAX:
+        return None
+    try:
+        fields = msgpack.unpackb(value)
+    except (ValueError, msgpack.exceptions.UnpackException):
+        return None
+    if not isinstance(fields, list) or len(fields) < 6 or type(fields[0]) is not int or fields[0] != MAJOR:
+        return None
+    owner, region, page, generation, digest = fields[1:6]
+    limits = ((owner, 1 << 32), (region, 1 << 16), (page, 1 << 32), (generation, 1 << 64))
+    if any(type(number) is not int or not 0 <= number < limit for number, limit in limits):
+        return None
+    if not isinstance(digest, bytes) or len(digest) != DIGEST_BYTES:
+        return None
+    return RecordFields(owner, region, page, generation, digest)
+
+
+def pack(kind: str, body: dict[str, Any]) -> bytes:
+    """Encode a control-plane record (an owner, a region, a namespace) with its version."""
+    packed: bytes = msgpack.packb({"v": MAJOR, "kind": kind, **body}, use_bin_type=True)
+    return packed
+
+
+def unpack(kind: str, data: bytes, *, bytes_max: int = 16 << 20) -> dict[str, Any]:
+    """Decode `pack`'s form; unknown fields are kept and ignored.
+
+    Raises:
+        RegistryProtocolError: not msgpack, too large, of another kind, or of another major version.
+    """
+    if len(data) > bytes_max:
+        raise RegistryProtocolError(f"a {kind} record of {len(data)} bytes is longer than {bytes_max}")
+    try:
+        body = msgpack.unpackb(data)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise RegistryProtocolError(f"a {kind} record is not msgpack: {error}") from error
+    if not isinstance(body, dict) or body.get("kind") != kind:
+        raise RegistryProtocolError(f"expected a {kind} record")
+    if body.get("v") != MAJOR:
+        raise RegistryProtocolError(f"a {kind} record has version {body.get('v')!r}; this kvmarket understands {MAJOR}")
+    return body

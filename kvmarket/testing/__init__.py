@@ -1,0 +1,1 @@
+"""Shipped test tools: conformance suites for the interfaces, and real engines for adapters."""

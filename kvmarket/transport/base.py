@@ -1,0 +1,99 @@
+"""The transport interface: connect to a peer's region, read pages of it into pages of mine.
+
+Reads are synchronous and run off the event loop: a thread that releases the GIL, a GPU stream or a progress thread does
+the work. The reader drives; a page counts only if its generation was the announced one before *and* after its bytes moved.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvmarket.deadline import Deadline
+from kvmarket.identity import OwnerInfo
+from kvmarket.region.descriptor import RegionDescriptor
+from kvmarket.region.pages import PagedMemory
+from kvmarket.report import TransferReport
+
+OnGroup = Callable[[np.ndarray], None]
+"""Called from the reading thread with the indices (into the request) of pages that arrived and passed their checks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do.
+
+    Attributes:
+        one_sided: the owner's process does no work for a read.
+        memory: kinds of memory it moves (``host``, ``cuda``).
+        cross_process: it reaches other processes of this host.
+        cross_host: it reaches other hosts.
+    """
+
+    one_sided: bool
+    memory: frozenset[str]
+    cross_process: bool
+    cross_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """Pages to read.
+
+    Attributes:
+        pages: (n,) int64 page numbers in the remote region.
+        generations: (n,) uint64 generations that were announced for them.
+        local: where they go.
+        local_pages: (n,) int64 page numbers there, without repeats.
+    """
+
+    pages: np.ndarray
+    generations: np.ndarray
+    local: PagedMemory
+    local_pages: np.ndarray
+
+
+class Connection(ABC):
+    """A way to read one region of one owner. Thread-safe."""
+
+    scheme: str
+    path: str
+    """How the bytes really travel, for reports."""
+
+    @abstractmethod
+    def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
+        """Read pages in order; end early, after the current group, at the first page that is refused.
+
+        When it returns, nothing writes to the local pages any more, whatever happened. Pages that were refused, or not
+        reached, are named in the report with the reason; their local bytes are undefined.
+
+        Raises:
+            PeerGoneError, TransferError: the connection is of no more use.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the connection holds. No read may be running. Idempotent."""
+
+
+class Transport(ABC):
+    """One backend."""
+
+    scheme: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        """Open a way to a region and prove it by reading known bytes through it.
+
+        Raises:
+            TransportUnavailableError: this backend does not reach that owner from here; the message says why.
+            PeerGoneError: the owner's incarnation is over.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Connections must be closed first. Idempotent."""

@@ -1,0 +1,51 @@
+"""Between marketplaces of one process: the region itself is the connection."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+from kvmarket.errors import TransportUnavailableError
+from kvmarket.identity import OwnerInfo
+from kvmarket.region.descriptor import RegionDescriptor
+from kvmarket.region.region import LentRegion
+from kvmarket.transport.base import Capabilities, Connection, Transport
+from kvmarket.transport.mapped import MappedConnection
+
+
+class LocalRegions:
+    """Regions lent by this process, by (incarnation, region). Holds no region alive. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._regions: weakref.WeakValueDictionary[tuple[bytes, int], LentRegion] = weakref.WeakValueDictionary()
+
+    def add(self, incarnation: bytes, region: LentRegion) -> None:
+        """Make a region visible to the other marketplaces of this process."""
+        with self._lock:
+            self._regions[incarnation, region.region_id] = region
+
+    def get(self, incarnation: bytes, region_id: int) -> LentRegion | None:
+        """Return a region of this process, or None."""
+        with self._lock:
+            return self._regions.get((incarnation, region_id))
+
+
+local_regions = LocalRegions()
+"""The one thing every marketplace of a process shares: that is what "same process" means."""
+
+
+class InprocTransport(Transport):
+    """Copies within this process."""
+
+    scheme = "inproc"
+    capabilities = Capabilities(one_sided=True, memory=frozenset({"host"}), cross_process=False, cross_host=False)
+
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        region = local_regions.get(owner.incarnation, descriptor.region_id)
+        if region is None:
+            raise TransportUnavailableError("the owner is another process", scheme=self.scheme, peer=str(owner))
+        return MappedConnection(self.scheme, "memcpy", region.pages, region.generations.values)
+
+    def close(self) -> None:
+        """Nothing is held."""

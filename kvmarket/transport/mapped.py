@@ -1,0 +1,67 @@
+"""Reading memory that is mapped into this process: the seqlock loop that `inproc` and `shm` share."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from kvmarket.deadline import Deadline
+from kvmarket.region.generations import memory_fence, readable
+from kvmarket.region.pages import PagedMemory, copy_pages
+from kvmarket.report import MissReason, TransferReport
+from kvmarket.transport.base import Connection, OnGroup, ReadRequest
+
+GROUP_BYTES = 4 << 20
+"""Bytes copied between two looks at the generations, the deadline and the cancel flag."""
+
+
+class MappedConnection(Connection):
+    """Pages and generations of one region, both readable by plain loads."""
+
+    def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
+        self.scheme, self.path = scheme, path
+        self._pages, self._generations = pages, generations
+
+    def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
+        began = time.perf_counter()
+        total, page_bytes = len(request.pages), self._pages.layout.page_bytes
+        group = max(1, GROUP_BYTES // page_bytes)
+        refused: dict[int, MissReason] = {}
+        valid, copy_seconds = 0, 0.0
+        for start in range(0, total, group):
+            if refused:
+                break
+            if deadline.expired:
+                refused = dict.fromkeys(range(start, total), MissReason.DEADLINE)
+                break
+            indices = np.arange(start, min(start + group, total))
+            arrived, seconds = self._read_group(request, indices, refused)
+            copy_seconds += seconds
+            valid += len(arrived)
+            if on_group is not None and len(arrived):
+                on_group(arrived)
+        seconds = time.perf_counter() - began
+        return TransferReport(self.scheme, self.path, valid, valid * page_bytes, seconds, copy_seconds, refused)
+
+    def _read_group(
+        self, request: ReadRequest, indices: np.ndarray, refused: dict[int, MissReason]
+    ) -> tuple[np.ndarray, float]:
+        """Copy one group; return the indices that are valid, and the seconds the copy took."""
+        fresh = readable(self._generations, request.pages[indices], request.generations[indices])
+        for index in indices[~fresh].tolist():
+            refused[index] = MissReason.STALE_GENERATION
+        indices = indices[fresh]
+        pages, generations = request.pages[indices], request.generations[indices]
+        memory_fence()  # the bytes are read after the generations
+        began = time.perf_counter()
+        copy_pages(self._pages, pages, request.local, request.local_pages[indices])
+        seconds = time.perf_counter() - began
+        memory_fence()  # and the generations again after the bytes
+        whole = self._generations[pages] == generations
+        for index in indices[~whole].tolist():
+            refused[index] = MissReason.TORN
+        return indices[whole], seconds
+
+    def close(self) -> None:
+        """The mappings go with the last array that refers to them."""

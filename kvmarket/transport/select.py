@@ -1,0 +1,76 @@
+"""Which transport carries a read: by locality, proven by a probe, and remembered per region of an incarnation."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from kvmarket.errors import TransportUnavailableError
+from kvmarket.identity import OwnerInfo
+from kvmarket.region.descriptor import RegionDescriptor
+from kvmarket.transport.base import Connection, Transport
+
+CONNECTIONS_MAX = 256
+
+
+class TransportSelector:
+    """Connections to peers' regions, made on demand with the first transport that reaches them. Thread-safe.
+
+    Args:
+        transports: backends in order of preference. With one, nothing else is ever used: no silent downgrade.
+    """
+
+    def __init__(self, transports: Sequence[Transport]) -> None:
+        self._transports = tuple(transports)
+        self._lock = threading.Lock()
+        self._connections: OrderedDict[tuple[bytes, int], Connection] = OrderedDict()
+
+    def connection(self, owner: OwnerInfo, region_id: int, describe: Callable[[], RegionDescriptor]) -> Connection:
+        """Return a connection to a region; `describe` is called only when there is none yet.
+
+        Raises:
+            TransportUnavailableError: no transport reaches it; the message has each one's reason.
+            PeerGoneError: the owner is gone.
+        """
+        key = (owner.incarnation, region_id)
+        with self._lock:
+            if key in self._connections:
+                self._connections.move_to_end(key)
+                return self._connections[key]
+        made = self._connect(owner, describe())
+        with self._lock:
+            kept = self._connections.setdefault(key, made)
+            while len(self._connections) > CONNECTIONS_MAX:
+                self._connections.popitem(last=False)
+        return kept
+
+    def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        reasons: list[str] = []
+        for transport in self._transports:
+            try:
+                return transport.connect(owner, descriptor)
+            except TransportUnavailableError as error:
+                reasons.append(f"{transport.scheme}: {error}")
+        raise TransportUnavailableError("; ".join(reasons), scheme="+".join(self.schemes), peer=str(owner))
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The transports in order of preference."""
+        return tuple(transport.scheme for transport in self._transports)
+
+    def forget(self, owner: OwnerInfo) -> None:
+        """Drop the connections to an owner that is gone, and with them its mapped memory."""
+        with self._lock:
+            for key in [key for key in self._connections if key[0] == owner.incarnation]:
+                del self._connections[key]
+
+    def close(self) -> None:
+        """Close every connection and backend. No read may be running."""
+        with self._lock:
+            connections = list(self._connections.values())
+            self._connections.clear()
+        for connection in connections:
+            connection.close()
+        for transport in self._transports:
+            transport.close()
