@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.core import MarketCore
-from kvmarket.deadline import Deadline
 from kvmarket.errors import DeadlineExceededError
 from kvmarket.region.arena import Arena
 from kvmarket.region.pages import PagedMemory, copy_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.core import MarketCore
+    from kvmarket.deadline import Deadline
 
 
 class ArenaPublisher:

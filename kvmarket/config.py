@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 PREFIX = "KVMARKET_"
 TRANSPORTS = ("auto", "inproc", "shm")
@@ -75,8 +77,8 @@ def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
 
 def default_runtime_dir() -> Path:
     """Where processes of one user on one host meet: /dev/shm if there is one, else the temporary directory."""
-    shm = Path("/dev/shm")  # noqa: S108 - the host's shared memory, private to the user by mode 0700
-    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108
+    shm = Path("/dev/shm")
+    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
     return base / f"kvmarket-{os.getuid()}"
 
 

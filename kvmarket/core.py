@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
 from kvmarket.errors import InvalidInputError, MarketClosedError
 from kvmarket.fetch import Fetcher
-from kvmarket.identity import Namespace, OwnerInfo
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
-from kvmarket.region.memory import SharedMemory
-from kvmarket.region.pages import PagedMemory
 from kvmarket.region.region import LentRegion
 from kvmarket.registry import Registry, open_registry
 from kvmarket.registry.host import boot_id, pid_namespace
 from kvmarket.transport import Transport, TransportSelector
 from kvmarket.transport.inproc import InprocTransport, local_regions
 from kvmarket.transport.shm import ShmTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.identity import Namespace, OwnerInfo
+    from kvmarket.region.memory import SharedMemory
+    from kvmarket.region.pages import PagedMemory
 
 
 def make_transports(preference: str) -> list[Transport]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import xxhash
 
-from kvmarket.region.pages import PagedMemory
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmarket.region.pages import PagedMemory
 
 
 def page_digest(memory: PagedMemory, page: int) -> bytes:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvmarket.identity import Namespace, describe_differences
-from kvmarket.registry import Registry
 from kvmarket.report import MissReason
+
+if TYPE_CHECKING:
+    from kvmarket.registry import Registry
 
 _HASH_FIELDS = ("hash.algorithm", "hash.root")
 _NAMESPACES_MAX = 32

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.config import MarketConfig
-from kvmarket.deadline import Deadline
 from kvmarket.digest import page_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
-from kvmarket.identity import Namespace, OwnerInfo
-from kvmarket.metrics import Metrics
 from kvmarket.region.descriptor import RegionDescriptor
-from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry
 from kvmarket.registry.records import NO_DIGEST, RECORD, BlockRecords
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.config import MarketConfig
+    from kvmarket.deadline import Deadline
+    from kvmarket.identity import Namespace, OwnerInfo
+    from kvmarket.metrics import Metrics
+    from kvmarket.region.pages import PagedMemory
 
 SAMPLE_ONE_IN = 16
 _NO_DIGEST = np.void(NO_DIGEST)
@@ -80,6 +84,26 @@ class Fetcher:
             nothing = LookupResult(0, 0, np.empty(0, RECORD))
             return nothing, MissReason.REGISTRY_UNAVAILABLE, str(error)
         return result, MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
+
+    def fresh(self, found: LookupResult) -> LookupResult:
+        """Drop records that are stale already, as far as that shows without asking the owner, and shorten the run."""
+        keep = np.ones(len(found.records), bool)
+        for owner_id, owner in found.owners.items():
+            for region in np.unique(found.records["region"][found.records["owner"] == owner_id]).tolist():
+                rows = np.flatnonzero((found.records["owner"] == owner_id) & (found.records["region"] == region))
+                try:
+                    connection = self._connect(owner, region)
+                    keep[rows] = connection.fresh(found.records["page"][rows], found.records["generation"][rows])
+                except TransportError:
+                    keep[rows] = False
+        if keep.all():
+            return found
+        records = found.records[keep]
+        present = np.unique(records["block"])
+        gaps = np.flatnonzero(present != np.arange(len(present)))
+        blocks = int(gaps[0]) if len(gaps) else len(present)
+        records = records[records["block"] < blocks]
+        return replace(found, blocks=blocks, records=records, first_missing="stale_generation")
 
     def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
         """Read the blocks `found` names into `local_pages` (one per block) and prove them.
@@ -231,7 +255,7 @@ class _Verification:
         if mode == "none":
             self._wanted[:] = False
         elif mode == "sampled":
-            offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
+            offset = random.randrange(SAMPLE_ONE_IN)
             self._wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
         self._futures: list[Future[list[int]]] = []
         self.blocks = int(self._wanted.sum())

@@ -31,7 +31,7 @@ def _sha256(data: bytes) -> bytes:
 
 def _blake3() -> HashFunction:
     try:
-        from blake3 import blake3  # noqa: PLC0415 - an extra, loaded only when asked for
+        from blake3 import blake3
     except ImportError as error:
         raise MissingExtraError("blake3", "blake3") from error
 

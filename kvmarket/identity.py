@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from kvmarket.errors import InvalidInputError
 from kvmarket.hashing import HASH_ALGORITHMS
-from kvmarket.spec import KVCacheSpec
+
+if TYPE_CHECKING:
+    from kvmarket.spec import KVCacheSpec
 
 PROTOCOL_MAJOR = 1
 """Bumped when blocks of an older kvmarket must not be found by a newer one."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,9 +22,14 @@ from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry, block_keys
 from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport
-from kvmarket.spec import KVCacheSpec
 from kvmarket.staging import StagingPool
 from kvmarket.tensors import as_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from kvmarket.spec import KVCacheSpec
 
 T = TypeVar("T")
 

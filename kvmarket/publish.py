@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.deadline import Deadline
 from kvmarket.digest import page_digests
 from kvmarket.errors import DeadlineExceededError, KVMarketError, MarketClosedError
-from kvmarket.identity import Namespace, OwnerInfo
-from kvmarket.metrics import Metrics
-from kvmarket.region.region import LentRegion
-from kvmarket.registry import Registry
 from kvmarket.registry.records import make_records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.deadline import Deadline
+    from kvmarket.identity import Namespace, OwnerInfo
+    from kvmarket.metrics import Metrics
+    from kvmarket.region.region import LentRegion
+    from kvmarket.registry import Registry
 
 logger = logging.getLogger(__name__)
 

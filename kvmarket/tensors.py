@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmarket.errors import InvalidInputError
-from kvmarket.spec import KVCacheSpec
+
+if TYPE_CHECKING:
+    from kvmarket.spec import KVCacheSpec
 
 
 def as_pages(kv: Any, spec: KVCacheSpec, *, writable: bool = False, what: str = "kv") -> np.ndarray:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvmarket.errors import InvalidInputError
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory, PageLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Arena:

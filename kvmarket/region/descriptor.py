@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError, RegistryProtocolError
 from kvmarket.region.generations import PROBE_BYTES
 from kvmarket.region.memory import MemoryAddress
 from kvmarket.region.pages import PageLayout, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096

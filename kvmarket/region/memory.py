@@ -65,7 +65,7 @@ class SharedMemory:
     def contains(self, pointer: int, nbytes: int) -> int | None:
         """Return the offset of [pointer, pointer + nbytes) in this memory, or None when it is elsewhere."""
         offset = pointer - self.array.ctypes.data
-        return offset if 0 <= offset and offset + nbytes <= self._nbytes else None
+        return offset if offset >= 0 and offset + nbytes <= self._nbytes else None
 
     def close(self) -> None:
         """Give the descriptor back. Bytes stay mapped while any array still refers to them. Idempotent."""

@@ -7,14 +7,17 @@ common path (a packed destination).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from kvmarket.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SMALL_PIECE_BYTES = 4096
 """Below this many bytes a piece, numpy's index copy beats one slice assignment per page."""

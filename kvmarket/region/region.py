@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmarket.errors import InvalidInputError
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.generations import GenerationTable
-from kvmarket.region.memory import SharedMemory
-from kvmarket.region.pages import PagedMemory, PageLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.region.memory import SharedMemory
+    from kvmarket.region.pages import PagedMemory, PageLayout
 
 
 class LentRegion:

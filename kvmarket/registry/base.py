@@ -7,12 +7,14 @@ an owner that is not alive, and never return one across namespaces or epochs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvmarket.identity import OwnerInfo
-from kvmarket.registry.records import BlockRecords
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.registry.records import BlockRecords
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class LookupResult:
         epoch: the namespace's epoch; compare with `Registry.epoch` before adopting (0: unknown namespace).
         blocks: number of consecutive blocks, from the first one asked for, that have at least one record.
         records: their records, sorted by block; several owners of one block give several records.
-        first_missing: what ended the run: ``""``, ``not_published`` or ``owner_gone``.
+        first_missing: what ended the run: ``""``, ``not_published``, ``owner_gone`` or ``stale_generation``.
     """
 
     epoch: int

@@ -15,11 +15,8 @@ Bumping an epoch gives the namespace a new number, which makes all its blocks un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lmdb
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
@@ -36,6 +33,12 @@ from kvmarket.registry.records import (
     pack,
     unpack,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import lmdb
 
 LOOKUP_BATCH = 128
 SWEEP_KEYS_MAX = 20_000

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lmdb
 
 from kvmarket.errors import ConfigError, RegistryFullError, RegistryProtocolError, RegistryUnavailableError
 from kvmarket.registry.host import OwnerLocks
 from kvmarket.registry.records import pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FILE_NAME = "registry.lmdb"
 READERS_MAX = 1024

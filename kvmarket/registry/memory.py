@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
-from kvmarket.identity import OwnerInfo
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
 from kvmarket.registry.host import this_process
 from kvmarket.registry.records import RECORD, BlockRecords
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.identity import OwnerInfo
 
 
 @dataclass

@@ -11,13 +11,15 @@ A block key is ``head (8) | index (4) | hash``: the head is the start of the has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAJOR = 1
 RUN_BLOCKS = 32
@@ -88,6 +90,11 @@ def block_keys(hashes: Sequence[bytes], start: int = 0) -> list[bytes]:
         for index in range(max(first, start), min(first + RUN_BLOCKS, len(hashes))):
             keys.append(head + index.to_bytes(4, "big") + hashes[index])
     return keys
+
+
+def block_key(hashes: Sequence[bytes], index: int) -> bytes:
+    """Return the registry key of one block, given the hashes of its prefix from block 0."""
+    return hashes[index - index % RUN_BLOCKS][:HEAD_BYTES] + index.to_bytes(4, "big") + hashes[index]
 
 
 def encode_records(records: BlockRecords) -> list[bytes]:

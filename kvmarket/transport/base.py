@@ -9,14 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.deadline import Deadline
-from kvmarket.identity import OwnerInfo
-from kvmarket.region.descriptor import RegionDescriptor
-from kvmarket.region.pages import PagedMemory
-from kvmarket.report import TransferReport
+if TYPE_CHECKING:
+    from kvmarket.deadline import Deadline
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.region.pages import PagedMemory
+    from kvmarket.report import TransferReport
 
 OnGroup = Callable[[np.ndarray], None]
 """Called from the reading thread with the indices (into the request) of pages that arrived and passed their checks."""
@@ -73,6 +75,14 @@ class Connection(ABC):
         Raises:
             PeerGoneError, TransferError: the connection is of no more use.
         """
+
+    def fresh(self, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
+        """Return a (n,) bool array: which pages would pass the first check right now.
+
+        A hint that saves a read bound to fail; where asking costs a message, all pages are taken to be fresh.
+        """
+        del generations
+        return np.ones(len(pages), bool)
 
     @abstractmethod
     def close(self) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import TYPE_CHECKING
 
 from kvmarket.errors import TransportUnavailableError
-from kvmarket.identity import OwnerInfo
-from kvmarket.region.descriptor import RegionDescriptor
-from kvmarket.region.region import LentRegion
 from kvmarket.transport.base import Capabilities, Connection, Transport
 from kvmarket.transport.mapped import MappedConnection
+
+if TYPE_CHECKING:
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.region.region import LentRegion
 
 
 class LocalRegions:

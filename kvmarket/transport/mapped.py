@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.deadline import Deadline
 from kvmarket.region.generations import memory_fence, readable
 from kvmarket.region.pages import PagedMemory, copy_pages
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.transport.base import Connection, OnGroup, ReadRequest
+
+if TYPE_CHECKING:
+    from kvmarket.deadline import Deadline
 
 GROUP_BYTES = 4 << 20
 """Bytes copied between two looks at the generations, the deadline and the cancel flag."""
@@ -22,6 +25,10 @@ class MappedConnection(Connection):
     def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
         self.scheme, self.path = scheme, path
         self._pages, self._generations = pages, generations
+
+    def fresh(self, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
+        """Look at the generation table."""
+        return readable(self._generations, pages, generations)
 
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
         began = time.perf_counter()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from kvmarket.errors import TransportUnavailableError
-from kvmarket.identity import OwnerInfo
-from kvmarket.region.descriptor import RegionDescriptor
-from kvmarket.transport.base import Connection, Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.transport.base import Connection, Transport
 
 CONNECTIONS_MAX = 256
 

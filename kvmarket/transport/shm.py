@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvmarket.errors import TransportUnavailableError
-from kvmarket.identity import OwnerInfo
-from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.generations import PeerGenerations
 from kvmarket.region.memory import map_peer_memory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.transport.base import Capabilities, Connection, Transport
 from kvmarket.transport.mapped import MappedConnection
+
+if TYPE_CHECKING:
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.descriptor import RegionDescriptor
 
 
 class ShmTransport(Transport):

@@ -1,0 +1,109 @@
+"""Where a block's bytes lie in vLLM's KV cache tensors, found from the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvmarket.errors import InvalidInputError
+from kvmarket.region import PagedMemory, PageLayout, Segment, SharedMemory
+
+
+def paged_memory(
+    tensors: Mapping[str, torch.Tensor], num_blocks: int, shared: Sequence[SharedMemory]
+) -> tuple[PagedMemory, list[SharedMemory], str]:
+    """Describe the KV cache as pages, without copying.
+
+    Args:
+        tensors: layer name -> its KV cache, as vLLM registers them.
+        num_blocks: blocks in the cache; the block axis is found by it, never by position.
+        shared: shared memories that may back the tensors.
+
+    Returns:
+        The pages; the shared memories behind them in order, empty when some layer is in private memory; and a name for
+        the order of bytes inside a page, equal between two engines exactly when raw bytes may move between them.
+
+    Raises:
+        InvalidInputError: a tensor's blocks cannot be described as runs of bytes.
+    """
+    memories: list[np.ndarray] = []
+    owners: list[SharedMemory] = []
+    segments: list[Segment] = []
+    names: list[str] = []
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:  # layers that share one KV cache
+            continue
+        seen.add(tensor.data_ptr())
+        number, base = _memory_of(tensor, shared, memories, owners)
+        runs, order = _runs_of_block(name, tensor, num_blocks)
+        segments += [Segment(number, base + offset, stride, nbytes) for offset, stride, nbytes in runs]
+        names.append(order)
+    private = len(owners) < len(memories)
+    layout = PageLayout(num_blocks, tuple(segments))
+    order = names[0] if len(set(names)) == 1 else "+".join(names)
+    return PagedMemory(layout, tuple(memories)), [] if private else owners, order
+
+
+def _memory_of(
+    tensor: torch.Tensor, shared: Sequence[SharedMemory], memories: list[np.ndarray], owners: list[SharedMemory]
+) -> tuple[int, int]:
+    """Return the number of the memory a tensor lies in, added to `memories` if new, and its offset there."""
+    storage = tensor.untyped_storage()
+    for memory in shared:
+        offset = memory.contains(storage.data_ptr(), storage.nbytes())
+        if offset is not None:
+            if memory not in owners:
+                memories.append(memory.array)
+                owners.append(memory)
+            number = next(i for i, array in enumerate(memories) if array is memory.array)
+            return number, offset + tensor.storage_offset() * tensor.element_size()
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    for number, array in enumerate(memories):
+        if array.ctypes.data == flat.ctypes.data:
+            return number, tensor.storage_offset() * tensor.element_size()
+    memories.append(flat)
+    return len(memories) - 1, tensor.storage_offset() * tensor.element_size()
+
+
+def _runs_of_block(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[list[tuple[int, int, int]], str]:
+    """Return (offset, stride per block, bytes) of every run of bytes of block 0, and the name of their inner order."""
+    shape, strides, itemsize = tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    candidates = [axis for axis, size in enumerate(shape) if size == num_blocks]
+    kernel_blocks = 1
+    if not candidates:  # an attention kernel with smaller blocks splits each into several consecutive ones
+        candidates = [axis for axis, size in enumerate(shape[:2]) if size > num_blocks and size % num_blocks == 0]
+        if candidates:
+            kernel_blocks = shape[candidates[0]] // num_blocks
+    if not candidates:
+        raise InvalidInputError(f"layer {name}: no axis of {shape} has {num_blocks} blocks")
+    axis = candidates[0]
+    outer = [i for i in range(len(shape)) if i != axis and strides[i] > strides[axis] and shape[i] > 1]
+    inner = sorted((i for i in range(len(shape)) if i != axis and i not in outer and shape[i] > 1), key=lambda i: -strides[i])
+    expected = 1
+    for i in reversed(inner):
+        if strides[i] != expected:
+            raise InvalidInputError(f"layer {name}: a block of shape {shape} and strides {strides} has gaps")
+        expected *= shape[i]
+    if kernel_blocks > 1 and strides[axis] != expected:
+        raise InvalidInputError(f"layer {name}: the {kernel_blocks} kernel blocks of a block are not adjacent")
+    nbytes = expected * kernel_blocks * itemsize
+    stride = strides[axis] * kernel_blocks * itemsize
+    runs = [
+        (sum(index * strides[i] for index, i in zip(indices, outer, strict=True)) * itemsize, stride, nbytes)
+        for indices in product(*(range(shape[i]) for i in outer))
+    ]
+    order = f"axes={len(shape)},block={axis},outer={[shape[i] for i in outer]},inner={[(i, shape[i]) for i in inner]}"
+    return runs, order if kernel_blocks == 1 else f"{order},split={kernel_blocks}"
+
+
+def kv_dtype(tensors: Mapping[str, Any]) -> str:
+    """Return the one element type of the cache by our name for it."""
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    if len(dtypes) != 1:
+        raise InvalidInputError(f"layers have different dtypes: {sorted(dtypes)}")
+    return dtypes.pop()

@@ -1,0 +1,108 @@
+"""Reading peers' blocks into blocks that vLLM has allocated but neither hashes nor schedules before they are reported.
+
+Those blocks are the staging area: what is read there is proven (generation before and after, digest, epoch, liveness)
+before vLLM learns of it, and what is not proven is reported as not loaded, which vLLM recomputes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from kvmarket.core import MarketCore
+from kvmarket.deadline import Deadline
+from kvmarket.errors import KVMarketError
+from kvmarket.region import PagedMemory
+from kvmarket_vllm.messages import Load
+from kvmarket_vllm.stats import Deltas
+
+logger = logging.getLogger("vllm.kvmarket")
+
+INLINE_BYTES_MAX = 64 << 20
+"""Loads up to this size run on the engine's thread when it has nothing else to do: a thread hop would take longer."""
+IDLE_WAIT_S = 0.01
+"""How long an otherwise idle step waits for a load on the thread before it is polled again."""
+LOADS_MAX = 1024
+
+
+class Loader:
+    """Runs loads, one at a time, in order."""
+
+    def __init__(self, core: MarketCore, pages: PagedMemory, rank: tuple[int, int], deltas: Deltas) -> None:
+        self._core, self._pages, self._rank, self._deltas = core, pages, rank, deltas
+        self._queue: queue.Queue[tuple[Load, Deadline] | None] = queue.Queue(LOADS_MAX)
+        self._changed = threading.Condition()
+        self._running = 0
+        self._finished: set[str] = set()
+        self._invalid: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="kvmarket-load", daemon=True)
+        self._thread.start()
+
+    def start(self, load: Load, *, inline: bool) -> None:
+        """Run a load: at once if `inline` and small and nothing is queued, else on the thread."""
+        deadline = Deadline(self._core.config.fetch_deadline_s)
+        with self._changed:
+            alone = self._running == 0
+            self._running += 1
+        if inline and alone and len(load.block_ids) * self._pages.layout.page_bytes <= INLINE_BYTES_MAX:
+            self._load(load, deadline)
+            return
+        try:
+            self._queue.put_nowait((load, deadline))
+        except queue.Full:
+            self._report(load, 0)
+
+    def take_finished(self, *, wait: bool) -> tuple[set[str], set[int]]:
+        """Return finished request ids, each once, and the blocks that were not loaded."""
+        with self._changed:
+            if wait and self._running and not self._finished:
+                self._changed.wait(IDLE_WAIT_S)
+            finished, self._finished = self._finished, set()
+            invalid, self._invalid = self._invalid, set()
+        return finished, invalid
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            self._load(*item)
+
+    def _load(self, load: Load, deadline: Deadline) -> None:
+        began = time.perf_counter()
+        found = load.found[self._rank]
+        blocks = 0
+        try:
+            targets = np.array(load.block_ids, np.int64)
+            # Ranks may have found different lengths; all load the shortest.
+            wanted = replace(found, blocks=len(targets), records=found.records[found.records["block"] < len(targets)])
+            outcome = self._core.fetcher.read(wanted, self._pages, targets, deadline)
+            blocks = outcome.blocks
+            if blocks < len(targets):
+                logger.info("kvmarket: %s of %s blocks loaded: %s", blocks, len(targets), outcome.detail)
+        except KVMarketError as error:
+            logger.warning("kvmarket: a load failed and is recomputed: %s", error)
+        except Exception:  # the engine waits for this request: whatever happened, it must hear of it
+            logger.exception("kvmarket: a load failed and is recomputed")
+            self._deltas.add(errors=1)
+        self._deltas.add(load_seconds=time.perf_counter() - began)
+        self._report(load, blocks)
+
+    def _report(self, load: Load, blocks: int) -> None:
+        failed = load.block_ids[blocks:]
+        nbytes = blocks * self._pages.layout.page_bytes
+        tokens = blocks * self._core.namespace.spec.block_size
+        self._deltas.add(loads=1, loaded_tokens=tokens, loaded_bytes=nbytes, load_failures=int(bool(failed)))
+        with self._changed:
+            self._running -= 1
+            self._finished.add(load.request_id)
+            self._invalid.update(failed)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finish what is queued, at most a second."""
+        self._queue.put(None)
+        self._thread.join(1.0)
+

@@ -1,0 +1,63 @@
+"""What the two roles of the connector tell each other, once at start and once per engine step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+from kvmarket.registry import LookupResult
+
+
+@dataclass
+class WorkerFacts(KVConnectorHandshakeMetadata):
+    """What only a worker knows of its KV cache, sent to the scheduler once, before the first request.
+
+    Attributes:
+        spec: `KVCacheSpec` as a dict.
+        engine: engine-specific facts that must be equal between replicas.
+        model: `ModelIdentity` as a dict.
+        refusal: why this worker cannot share its KV cache, or empty.
+    """
+
+    spec: dict[str, Any]
+    engine: tuple[tuple[str, str], ...]
+    model: dict[str, str]
+    refusal: str = ""
+
+
+@dataclass
+class Load:
+    """Blocks to read from peers into blocks that vLLM allocated and nobody else can see yet.
+
+    Attributes:
+        request_id: the request that waits for them.
+        block_ids: where they go, in order.
+        found: per (pp_rank, tp_rank): the records to read.
+    """
+
+    request_id: str
+    block_ids: list[int]
+    found: dict[tuple[int, int], LookupResult]
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """One engine step, from the scheduler role to every worker.
+
+    Attributes:
+        root: the root of this engine's block hashes; part of the namespace.
+        dirty: offered blocks that this step overwrites: unreadable before the forward.
+        publish: (registry key, block id) of blocks whose KV is final after the forward.
+        loads: to start in this step.
+        forget: make every page unreadable first (the local prefix cache was reset).
+        idle: nothing is computed in this step.
+    """
+
+    root: bytes = b""
+    dirty: list[int] = field(default_factory=list)
+    publish: list[tuple[bytes, int]] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    forget: bool = False
+    idle: bool = False

@@ -1,0 +1,105 @@
+"""Which of vLLM's blocks peers may read: the scheduler's mirror of what the workers have offered.
+
+A block is offered when its KV is final, and taken back in the very step in which vLLM writes to it again. vLLM frees a
+block long before it writes to it, and until then peers may read it: that costs nothing and needs no pin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from kvmarket.registry.records import block_key
+from kvmarket_vllm.messages import StepPlan
+
+GROUP_SUFFIX = (0).to_bytes(4, "big")
+"""What vLLM's pool appends to the block hashes of KV cache group 0."""
+
+
+class Offers:
+    """Offered blocks and the block tables of running requests."""
+
+    def __init__(self, block_size: int, enabled: bool) -> None:
+        self._block_size, self._enabled = block_size, enabled
+        self._pool: Any = None
+        self._hash_map: Any = None
+        self._offered: dict[int, bytes] = {}
+        self._tables: dict[str, list[int]] = {}
+        self._seen: dict[str, int] = {}
+
+    def bind_pool(self, pool: Any) -> None:
+        """Take vLLM's block pool."""
+        self._pool, self._hash_map = pool, getattr(pool, "cached_block_hash_to_block", None)
+
+    def pool_was_reset(self) -> bool:
+        """Tell whether vLLM's prefix cache was reset since the last call: vLLM then makes a new hash map, and tells nobody."""
+        current = getattr(self._pool, "cached_block_hash_to_block", None)
+        if current is self._hash_map:
+            return False
+        self._hash_map = current
+        return True
+
+    def clear(self) -> None:
+        """Forget all offers; running requests offer their blocks again only if those are computed again."""
+        self._offered.clear()
+
+    def take_back(self, block_ids: Iterable[int]) -> list[int]:
+        """Return those of `block_ids` that are offered, and no longer count them as such."""
+        return [block for block in block_ids if self._offered.pop(block, None) is not None]
+
+    def forget_request(self, request_id: str) -> None:
+        """Drop a finished request's table."""
+        self._tables.pop(request_id, None)
+        self._seen.pop(request_id, None)
+
+    def step(self, output: Any, requests: dict[str, Any], plan: StepPlan) -> None:
+        """Add to `plan` what this step overwrites, and what is final after it."""
+        computed: dict[str, int] = {}
+        for new in output.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+            self._replace_table(new.req_id, new.block_ids[0], new.num_computed_tokens, plan)
+        cached = output.scheduled_cached_reqs
+        resumed = getattr(cached, "resumed_req_ids", ())
+        for request_id, blocks, count in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            computed[request_id] = count
+            if request_id in resumed:
+                self._replace_table(request_id, blocks[0] if blocks else [], count, plan)
+            elif blocks:
+                plan.dirty += self.take_back(blocks[0])
+                self._tables.setdefault(request_id, []).extend(blocks[0])
+        for pair in getattr(output, "kv_cache_block_copies", None) or ():
+            plan.dirty += self.take_back(_targets(pair))
+        plan.dirty += self.take_back(getattr(output, "new_block_ids_to_zero", None) or ())
+        if self._enabled and self._pool is not None:
+            for request_id, count in computed.items():
+                request = requests.get(request_id)
+                if request is not None:
+                    self._offer(request, count + output.num_scheduled_tokens.get(request_id, 0), plan)
+
+    def _replace_table(self, request_id: str, blocks: list[int], num_computed: int, plan: StepPlan) -> None:
+        """A request (again) gets its whole table: all from the first block that is not complete will be written to."""
+        self._tables[request_id], self._seen[request_id] = list(blocks), 0
+        plan.dirty += self.take_back(blocks[num_computed // self._block_size :])
+
+    def _offer(self, request: Any, num_tokens: int, plan: StepPlan) -> None:
+        """Offer the blocks of a request that are complete once this step has run, if vLLM agrees on what they hold."""
+        request_id, hashes = request.request_id, request.block_hashes
+        table = self._tables.get(request_id, [])
+        end = min(num_tokens // self._block_size, len(hashes), len(table))
+        for index in range(self._seen.get(request_id, 0), end):
+            block = table[index]
+            if self._pool.blocks[block].block_hash != bytes(hashes[index]) + GROUP_SUFFIX:
+                return  # not final after this step (speculation, sampling under way): look again in the next one
+            key = block_key(hashes, index)
+            if self._offered.get(block) != key:
+                self._offered[block] = key
+                plan.publish.append((key, block))
+            self._seen[request_id] = index + 1
+
+
+def _targets(copies: Any) -> list[int]:
+    """Return the block ids that a copy-on-write entry writes to."""
+    target = copies[1] if isinstance(copies, tuple | list) else getattr(copies, "dst", ())
+    return [target] if isinstance(target, int) else list(target)

@@ -1,0 +1,200 @@
+"""The scheduler role: what do peers have of this prompt, which blocks may peers read, which are about to be overwritten.
+
+No I/O but look-ups in the local registry, nothing blocks, nothing raises into the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from kvmarket.config import MarketConfig
+from kvmarket.core import MarketCore
+from kvmarket.errors import KVMarketError
+from kvmarket.registry import LookupResult
+from kvmarket.registry.records import block_key, block_keys
+from kvmarket_vllm.identity import hash_algorithm, hash_root, namespace
+from kvmarket_vllm.messages import Load, StepPlan, WorkerFacts
+from kvmarket_vllm.offers import Offers
+from kvmarket_vllm.opening import Opening
+from kvmarket_vllm.stats import Deltas
+
+logger = logging.getLogger("vllm.kvmarket")
+
+Rank = tuple[int, int]
+MISS_LOG_MAX = 3
+"""How often one reason for finding nothing at all is logged."""
+
+
+@dataclass
+class _Match:
+    """What was found for a request: `start` is the first block asked for."""
+
+    start: int
+    found: dict[Rank, LookupResult]
+
+
+class SchedulerRole:
+    """State of one engine's scheduler-side connector. Used from the scheduler's thread only."""
+
+    def __init__(self, vllm_config: Any, config: MarketConfig, block_size: int, fetches: bool, publishes: bool) -> None:
+        self._config, self._block_size, self._fetches = config, block_size, fetches
+        self._algorithm = hash_algorithm(vllm_config)
+        self._facts: dict[Rank, WorkerFacts] = {}
+        self._root = b""
+        self._opening: Opening[dict[Rank, MarketCore]] | None = None
+        self._requests: dict[str, Any] = {}
+        self._matches: dict[str, _Match] = {}
+        self._loading: dict[str, tuple[bytes, set[int]]] = {}
+        self._failed: set[str] = set()
+        self._offers = Offers(block_size, publishes)
+        self._plan = StepPlan()
+        self._logged: dict[str, int] = {}
+        self.deltas = Deltas()
+
+    # ---- opening
+
+    def set_facts(self, facts: dict[Rank, WorkerFacts]) -> None:
+        """Take what the workers know of their KV caches."""
+        refusals = [fact.refusal for fact in facts.values() if fact.refusal]
+        if refusals:
+            logger.warning("kvmarket fetches and publishes nothing: %s", refusals[0])
+            return
+        self._facts = facts
+
+    def bind_pool(self, pool: Any) -> None:
+        """Take vLLM's block pool, read-only, to know which blocks are what they are said to be."""
+        self._offers.bind_pool(pool)
+
+    def _cores(self) -> dict[Rank, MarketCore] | None:
+        """Return a core per rank, or None while there is none. The first call opens them: vLLM's hash root is there by then."""
+        if self._opening is None:
+            root = hash_root()
+            if not root or not self._facts:
+                return None
+            self._root = self._plan.root = root
+            self._opening = Opening(self._open)
+        return self._opening.get()
+
+    def _open(self) -> dict[Rank, MarketCore]:
+        return {
+            rank: MarketCore(namespace(fact, self._algorithm, self._root, self._config), self._config)
+            for rank, fact in self._facts.items()
+        }
+
+    # ---- matching
+
+    def match(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
+        """Answer `get_num_new_matched_tokens`: tokens that peers hold beyond the first `num_computed`, loaded asynchronously."""
+        self._requests[request.request_id] = request
+        cores = self._cores()
+        if not self._fetches or cores is None or request.request_id in self._failed:
+            return 0, False
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False
+        # The last token is always computed, so that no adopted block is written to again.
+        end = min(len(request.block_hashes), (request.num_tokens - 1) // self._block_size)
+        start = num_computed // self._block_size
+        if start >= end:
+            return 0, False
+        keys = block_keys(request.block_hashes[:end], start)
+        if any(keys[0] == key for key, _ in self._loading.values()):
+            return None, False  # another request is loading this prefix: wait for it and hit locally
+        found = self._lookup(cores, keys)
+        blocks = min(result.blocks for result in found.values())
+        if not blocks:
+            return 0, False
+        self._matches[request.request_id] = _Match(start, found)
+        return blocks * self._block_size, True
+
+    def _lookup(self, cores: dict[Rank, MarketCore], keys: list[bytes]) -> dict[Rank, LookupResult]:
+        found: dict[Rank, LookupResult] = {}
+        for rank, core in cores.items():
+            result, reason, detail = core.fetcher.lookup(keys)
+            result = core.fetcher.fresh(result) if result.blocks else result
+            found[rank] = result
+            if result.blocks < len(keys):
+                why = result.first_missing if result.first_missing == "stale_generation" else str(reason)
+                self.deltas.add_reason("misses", why)
+                if not result.blocks:
+                    self._log_miss(why, detail)
+        blocks = min(result.blocks for result in found.values())
+        self.deltas.add(lookups=1, lookup_hit_tokens=blocks * self._block_size)
+        return found
+
+    def _log_miss(self, reason: str, detail: str) -> None:
+        self._logged[reason] = self._logged.get(reason, 0) + 1
+        if reason != "not_published" and self._logged[reason] <= MISS_LOG_MAX:
+            logger.warning("kvmarket: nothing found (%s): %s", reason, detail)
+
+    def allocated(self, request: Any, block_ids: list[int], num_external: int) -> None:
+        """Take vLLM's blocks for a request; start the load that was promised for it."""
+        request_id = request.request_id
+        self._requests[request_id] = request
+        match = self._matches.pop(request_id, None)
+        if num_external == 0 or match is None:
+            return
+        count = num_external // self._block_size
+        targets = block_ids[match.start : match.start + count]
+        self._plan.dirty += self._offers.take_back(targets)
+        self._plan.loads.append(Load(request_id, targets, match.found))
+        key = block_key(request.block_hashes, match.start)
+        self._loading[request_id] = (key, set(targets))
+
+    # ---- one step
+
+    def plan_step(self, output: Any) -> StepPlan:
+        """Finish the plan of this step and begin the next one."""
+        self._cores()
+        plan, self._plan = self._plan, StepPlan()
+        plan.root = self._root
+        if self._offers.pool_was_reset():
+            plan.forget = True
+            self._offers.clear()
+        self._offers.step(output, self._requests, plan)
+        plan.idle = not output.total_num_scheduled_tokens
+        for request_id in output.finished_req_ids:
+            self._forget_request(request_id)
+        return plan
+
+    def finished_loading(self, request_ids: set[str], invalid_block_ids: set[int]) -> None:
+        """Learn which loads are over, and which of them failed: those requests are never asked about again."""
+        for request_id in request_ids:
+            _, targets = self._loading.pop(request_id, (b"", set()))
+            if targets & invalid_block_ids:
+                self._failed.add(request_id)
+
+    def request_finished(self, request: Any) -> None:
+        """Drop what is pending for a request. Its blocks stay offered until vLLM reuses them."""
+        self._matches.pop(request.request_id, None)
+
+    def _forget_request(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+        self._matches.pop(request_id, None)
+        self._failed.discard(request_id)
+        self._offers.forget_request(request_id)
+
+    # ---- the rest
+
+    def reset(self) -> bool:
+        """Make all processes of the namespace forget everything (weights changed)."""
+        cores = self._cores()
+        self._plan.forget = True
+        self._offers.clear()
+        if cores is None:
+            return self._opening is None  # nothing was ever published; or the registry does not answer
+        try:
+            for core in cores.values():
+                core.bump_epoch()
+        except KVMarketError as error:
+            logger.error("kvmarket: the reset did not reach the registry: %s", error)  # noqa: TRY400
+            return False
+        self.deltas.add(resets=1)
+        return True
+
+    def close(self) -> None:
+        """Release the registry."""
+        cores = self._opening.finish(1.0) if self._opening is not None else None
+        for core in (cores or {}).values():
+            core.close()

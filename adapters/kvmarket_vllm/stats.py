@@ -1,0 +1,113 @@
+"""Counters in vLLM's own /metrics, as ``vllm:kvmarket_*_total``."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+COUNTERS = {
+    "lookups": "prefixes looked up in the registry",
+    "lookup_hit_tokens": "prompt tokens that peers offered beyond the local prefix cache",
+    "loads": "fetches from peers that were started",
+    "load_failures": "fetches that delivered fewer blocks than promised; the rest was recomputed",
+    "loaded_tokens": "prompt tokens adopted from peers",
+    "loaded_bytes": "bytes adopted from peers",
+    "load_seconds": "seconds spent reading and proving blocks",
+    "blocks_offered": "blocks offered to peers, in place",
+    "blocks_retracted": "offered blocks that were taken back before being overwritten",
+    "blocks_announced": "blocks that the registry took",
+    "announcements_failed": "blocks that the registry did not take",
+    "announcements_dropped": "blocks not announced because too many waited",
+    "blocks_verified": "adopted blocks whose bytes were compared with the owner's digest",
+    "resets": "times all processes of the namespace were told to forget",
+    "errors": "unexpected errors, each turned into a recompute",
+}
+REASONS = {
+    "misses": "look-ups that ended before the prompt did, by reason",
+    "blocks_refused": "blocks read and discarded, by reason",
+}
+
+
+@dataclass
+class MarketStats(KVConnectorStats):
+    """Deltas since the last step, by counter name or ``name{reason=...}``."""
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another role's or rank's deltas."""
+        for key, value in other.data.items():
+            self.data[key] = self.data.get(key, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """Return what the periodic log line shows."""
+        return dict(self.data)
+
+    def is_empty(self) -> bool:
+        """True when nothing happened."""
+        return not self.data
+
+
+class Deltas:
+    """Collects counts between two steps; totals are kept for tests and for people. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._delta: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
+
+    def add(self, **amounts: float) -> None:
+        """Add to counters of `COUNTERS`."""
+        with self._lock:
+            self._delta.update(amounts)
+            self.totals.update(amounts)
+
+    def add_reason(self, name: str, reason: str, amount: int = 1) -> None:
+        """Add to a counter of `REASONS`."""
+        self.add(**{f"{name}{{reason={reason}}}": amount})
+
+    def take(self) -> MarketStats | None:
+        """Return the deltas and start again, or None when nothing happened."""
+        with self._lock:
+            if not self._delta:
+                return None
+            data, self._delta = dict(self._delta), Counter()
+            return MarketStats(data=data)
+
+
+class MarketPromMetrics(KVConnectorPromMetrics):
+    """Prometheus counters of one API process."""
+
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._values = per_engine_labelvalues
+        self._counters = {
+            name: self._counter_cls(name=f"vllm:kvmarket_{name}", documentation=text, labelnames=labelnames)
+            for name, text in COUNTERS.items()
+        }
+        self._by_reason = {
+            name: self._counter_cls(name=f"vllm:kvmarket_{name}", documentation=text, labelnames=[*labelnames, "reason"])
+            for name, text in REASONS.items()
+        }
+        for values in per_engine_labelvalues.values():
+            for counter in self._counters.values():
+                counter.labels(*values)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one step's deltas."""
+        values = self._values[engine_idx]
+        for key, amount in transfer_stats_data.items():
+            name, _, reason = key.partition("{reason=")
+            if name in self._counters:
+                self._counters[name].labels(*values).inc(amount)
+            elif name in self._by_reason:
+                self._by_reason[name].labels(*values, reason.removesuffix("}")).inc(amount)

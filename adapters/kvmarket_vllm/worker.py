@@ -1,0 +1,216 @@
+"""The worker role: lends the KV cache in place, guards it with generations, and reads peers' blocks into it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from kvmarket.config import MarketConfig
+from kvmarket.core import MarketCore
+from kvmarket.errors import InvalidInputError, KVMarketError
+from kvmarket.publish import Publisher
+from kvmarket.region import LentRegion, PagedMemory, SharedMemory
+from kvmarket.spec import KVCacheSpec
+from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
+from kvmarket_vllm.layout import kv_dtype, paged_memory
+from kvmarket_vllm.loader import Loader
+from kvmarket_vllm.messages import Load, StepPlan, WorkerFacts
+from kvmarket_vllm.opening import Opening
+from kvmarket_vllm.shared_alloc import SharedAllocation
+from kvmarket_vllm.stats import Deltas
+from kvmarket_vllm.weights import model_identity
+
+logger = logging.getLogger("vllm.kvmarket")
+
+Rank = tuple[int, int]
+_COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
+
+
+class _Market:
+    """The open market of one worker: core, region, publisher and loader, made and closed together."""
+
+    def __init__(self, core: MarketCore, pages: PagedMemory, shared: list[SharedMemory], rank: Rank, deltas: Deltas) -> None:
+        self.core = core
+        self.region: LentRegion = core.lend(pages, shared)
+        self.publisher: Publisher = core.publisher(self.region)
+        self.loader = Loader(core, self.region.pages, rank, deltas)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.core.close()
+
+
+class WorkerRole:
+    """State of one rank's connector. Used from the worker's thread only."""
+
+    def __init__(self, vllm_config: Any, config: MarketConfig, own: dict[str, str], kv_cache_config: Any, rank: Rank) -> None:
+        self._vllm_config, self._config, self._own = vllm_config, config, own
+        self._kv_cache_config, self._rank = kv_cache_config, rank
+        self._allocation = SharedAllocation()
+        self._pages: PagedMemory | None = None
+        self._shared: list[SharedMemory] = []
+        self._facts: WorkerFacts | None = None
+        self._opening: Opening[_Market] | None = None
+        self._counted: dict[str, float] = {}
+        self._lost: list[Load] = []
+        self.deltas = Deltas()
+
+    # ---- start
+
+    def allocation_context(self) -> AbstractContextManager[Any] | None:
+        """Return the context in which vLLM should allocate its KV cache."""
+        if unsupported(self._vllm_config, self._kv_cache_config):
+            return None
+        return self._allocation
+
+    def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the KV cache tensors and work out what a page is."""
+        try:
+            self._facts = self._describe(tensors)
+        except (InvalidInputError, OSError) as error:
+            self._facts = self._refuse(str(error))
+        if self._facts.refusal:
+            logger.warning("kvmarket publishes and fetches nothing: %s", self._facts.refusal)
+        elif not self._shared:
+            logger.warning(
+                "kvmarket: this vLLM allocates its KV cache in private memory: this replica fetches from peers, but "
+                "only replicas of its own process can fetch from it"
+            )
+
+    def _describe(self, tensors: Mapping[str, torch.Tensor]) -> WorkerFacts:
+        refusal = unsupported(self._vllm_config, self._kv_cache_config)
+        if not refusal and any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            refusal = "the KV cache is not in host memory, which no transport of this version reads"
+        if refusal:
+            return self._refuse(refusal)
+        memories = self._allocation.memories
+        self._pages, self._shared, order = paged_memory(tensors, self._kv_cache_config.num_blocks, memories)
+        spec = self._spec(tensors, self._pages.layout.page_bytes)
+        identity = model_identity(self._vllm_config, self._own.get("model_id", ""), self._own.get("weights_digest", ""))
+        return WorkerFacts(spec.as_dict(), engine_facts(self._vllm_config, order), identity)
+
+    def _spec(self, tensors: Mapping[str, torch.Tensor], page_bytes: int) -> KVCacheSpec:
+        cache = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        parallel = self._vllm_config.parallel_config
+        mla = "MLA" in type(cache).__name__
+        layers = len({tensor.data_ptr() for tensor in tensors.values()})
+        spec = KVCacheSpec(
+            num_layers=layers,
+            num_kv_heads=cache.num_kv_heads,
+            head_size=cache.head_size,
+            dtype=kv_dtype(tensors),
+            block_size=cache.block_size,
+            layout=str(getattr(self._kv_cache_config, "kv_cache_layout", None) or "engine"),
+            kv_split=not mla,
+            quantization="" if self._vllm_config.cache_config.cache_dtype == "auto" else str(self._vllm_config.cache_config.cache_dtype),
+            packing=self._instruction_set(),
+            pp_rank=self._rank[0],
+            pp_size=parallel.pipeline_parallel_size,
+            tp_rank=self._rank[1],
+            tp_size=parallel.tensor_parallel_size,
+        )
+        if spec.page_bytes != page_bytes:
+            raise InvalidInputError(f"blocks have {page_bytes} bytes where {spec} has {spec.page_bytes}")
+        return spec
+
+    def _instruction_set(self) -> str:
+        """Return how the CPU attention packs rows; raw bytes mean the same only where it is equal."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        found = {str(getattr(layer, "isa", "") or "") for layer in layers.values() if hasattr(layer, "isa")}
+        return "+".join(sorted(found))
+
+    def _refuse(self, why: str) -> WorkerFacts:
+        return WorkerFacts({}, (), {}, refusal=why)
+
+    @property
+    def facts(self) -> WorkerFacts:
+        """What the scheduler needs to know of this rank."""
+        return self._facts if self._facts is not None else self._refuse("no KV cache was registered")
+
+    # ---- one step
+
+    def before_forward(self, plan: StepPlan) -> None:
+        """Make unreadable what this step overwrites. Must return before the forward."""
+        market = self._market(plan.root)
+        if market is None:
+            return
+        if plan.forget:
+            market.publisher.forget_all()
+        if plan.dirty:
+            market.publisher.retract(plan.dirty)
+            self.deltas.add(blocks_retracted=len(plan.dirty))
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Start this step's loads; small ones of an otherwise idle step are done when it returns."""
+        market = self._market(plan.root)
+        for load in plan.loads:
+            if market is None:
+                self._lost.append(load)
+            else:
+                market.loader.start(load, inline=plan.idle)
+
+    def after_forward(self, plan: StepPlan) -> None:
+        """Offer the blocks that this step completed."""
+        market = self._market(plan.root)
+        if market is not None and plan.publish and self._shared:
+            keys, blocks = zip(*plan.publish, strict=True)
+            market.publisher.offer(keys, blocks)
+            self.deltas.add(blocks_offered=len(blocks))
+
+    def finished(self, plan: StepPlan) -> tuple[set[str], set[int]]:
+        """Return the requests whose loads are over, each once, and the blocks among them that were not loaded."""
+        ids = {load.request_id for load in self._lost}
+        invalid = {block for load in self._lost for block in load.block_ids}
+        self._lost.clear()
+        market = self._market(plan.root)
+        if market is not None:
+            done, failed = market.loader.take_finished(wait=plan.idle)
+            ids |= done
+            invalid |= failed
+        return ids, invalid
+
+    def stats(self) -> Any:
+        """Return this step's deltas."""
+        market = self._opening.get() if self._opening is not None else None
+        if market is not None:
+            counts = market.core.metrics.snapshot()
+            for name, value in counts.items():
+                if name in _COUNTED or name.startswith("blocks_refused{"):
+                    if delta := value - self._counted.get(name, 0):
+                        self.deltas.add(**{name: delta})
+                    self._counted[name] = value
+        return self.deltas.take()
+
+    def _market(self, root: bytes) -> _Market | None:
+        if self._opening is None:
+            if not root or self._pages is None:
+                return None
+            pages, facts = self._pages, self.facts
+
+            def make() -> _Market:
+                space = namespace(facts, hash_algorithm(self._vllm_config), root, self._config)
+                market = _Market(MarketCore(space, self._config), pages, self._shared, self._rank, self.deltas)
+                logger.info(
+                    "kvmarket is open: %d pages of %d bytes, namespace %s, transports %s",
+                    pages.layout.num_pages, pages.layout.page_bytes, space.digest.hex()[:12],
+                    "+".join(market.core.transports.schemes),
+                )
+                return market
+
+            self._opening = Opening(make)
+        return self._opening.get()
+
+    def close(self) -> None:
+        """Take everything back."""
+        market = self._opening.finish(1.0) if self._opening is not None else None
+        if market is not None:
+            try:
+                market.close()
+            except KVMarketError as error:
+                logger.warning("kvmarket: %s", error)
+        for memory in self._allocation.memories:
+            memory.close()
