@@ -44,6 +44,7 @@ class SharedAllocation(TorchFunctionMode):
                 except KVMarketError as error:  # the engine then has an ordinary KV cache, which is not shared
                     logger.warning("kvmarket: the KV cache is not shared: %s", error)
                 else:
+                    memory.populate()
                     self.memories.append(memory)
                     return torch.from_numpy(memory.array).view(torch.int8).view(size)
         return func(*args, **kwargs)

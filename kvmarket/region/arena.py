@@ -27,6 +27,7 @@ class Arena:
                 f"an arena of {capacity_bytes} bytes holds no page of {page_bytes}; raise KVMARKET_ARENA_BYTES"
             )
         self.memory = SharedMemory(slots * page_bytes, "arena")
+        self.memory.populate()
         self.pages = PagedMemory(PageLayout.packed(slots, page_bytes), (self.memory.array,))
         self._slots: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))

@@ -7,10 +7,12 @@ A peer of the same user opens it through ``/proc/<pid>/fd/<fd>`` and checks that
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,10 @@ import numpy as np
 from kvmarket.errors import InvalidInputError, PeerGoneError, RegistrationError, TransportUnavailableError
 
 HUGE_PAGE = 2 << 20
-POPULATE_BYTES_MAX = 16 << 20
-"""Mappings up to this size are entered into the page table at once; larger ones as they are touched."""
+POPULATE_BYTES_MAX = 64 << 30
+"""Larger memories are entered into the page table as they are touched, not ahead."""
+_POPULATE_STEP_BYTES = 32 << 20
+_MADV_POPULATE = {False: 22, True: 23}  # MADV_POPULATE_READ, MADV_POPULATE_WRITE: Linux 5.14, not yet in `mmap`
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -67,6 +71,10 @@ class SharedMemory:
         offset = pointer - self.array.ctypes.data
         return offset if offset >= 0 and offset + nbytes <= self._nbytes else None
 
+    def populate(self) -> None:
+        """Have the kernel provide every page now, on a thread, so that no later write pays for it."""
+        _populate_on_thread(self.array, write=True)
+
     def close(self) -> None:
         """Give the descriptor back. Bytes stay mapped while any array still refers to them. Idempotent."""
         if self._fd >= 0:
@@ -96,12 +104,28 @@ def map_peer_memory(address: MemoryAddress) -> np.ndarray:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_ino != address.inode or info.st_size != address.nbytes:
             raise PeerGoneError(f"{path} is another file by now", scheme="shm", peer=peer)
-        flags = mmap.MAP_SHARED
-        if address.nbytes <= POPULATE_BYTES_MAX:
-            flags |= mmap.MAP_POPULATE
-        return np.frombuffer(mmap.mmap(fd, address.nbytes, flags=flags, prot=mmap.PROT_READ), np.uint8)
+        mapping = mmap.mmap(fd, address.nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        array = np.frombuffer(mapping, np.uint8)
+        _populate_on_thread(array, write=False)
+        return array
     finally:
         os.close(fd)
+
+
+def _populate_on_thread(array: np.ndarray, *, write: bool) -> None:
+    """Enter the pages of a mapping into the page table, without keeping anybody waiting; older kernels just say no."""
+    if len(array) > POPULATE_BYTES_MAX:
+        return
+    advice = _MADV_POPULATE[write]
+
+    def run() -> None:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise  # not mmap.madvise: that one keeps the GIL
+        for start in range(0, len(array), _POPULATE_STEP_BYTES):
+            step = min(_POPULATE_STEP_BYTES, len(array) - start)
+            if madvise(ctypes.c_void_p(array.ctypes.data + start), ctypes.c_size_t(step), advice):
+                return
+
+    threading.Thread(target=run, name="kvmarket-populate", daemon=True).start()
 
 
 def private_huge_pages(nbytes: int) -> np.ndarray:
