@@ -94,6 +94,11 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     # ---- worker role
 
+    @property
+    def market(self) -> Any:
+        """The open market of this rank (core, region, publisher, loader), or None while there is none."""
+        return self._worker.market if self._worker is not None else None
+
     def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
         """Have the KV cache allocated in memory that peers can map."""
         return self._worker.allocation_context() if self._worker is not None else None

@@ -80,6 +80,8 @@ class Loader:
             wanted = replace(found, blocks=len(targets), records=found.records[found.records["block"] < len(targets)])
             outcome = self._core.fetcher.read(wanted, self._pages, targets, deadline)
             blocks = outcome.blocks
+            for transfer in outcome.transfers:
+                self._deltas.add_labelled("transport_bytes", transfer.transport, transfer.nbytes)
             if blocks < len(targets):
                 logger.info("kvmarket: %s of %s blocks loaded: %s", blocks, len(targets), outcome.detail)
         except KVMarketError as error:

@@ -116,7 +116,7 @@ class SchedulerRole:
             found[rank] = result
             if result.blocks < len(keys):
                 why = result.first_missing if result.first_missing == "stale_generation" else str(reason)
-                self.deltas.add_reason("misses", why)
+                self.deltas.add_labelled("misses", why)
                 if not result.blocks:
                     self._log_miss(why, detail)
         blocks = min(result.blocks for result in found.values())

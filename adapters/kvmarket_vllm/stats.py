@@ -26,15 +26,17 @@ COUNTERS = {
     "resets": "times all processes of the namespace were told to forget",
     "errors": "unexpected errors, each turned into a recompute",
 }
-REASONS = {
-    "misses": "look-ups that ended before the prompt did, by reason",
-    "blocks_refused": "blocks read and discarded, by reason",
+LABELLED = {
+    "misses": ("reason", "look-ups that ended before the prompt did, by reason"),
+    "blocks_refused": ("reason", "blocks read and discarded, by reason"),
+    "transport_bytes": ("transport", "bytes read from peers, by the transport that really carried them"),
 }
+"""Counters with one more label: name -> (label, documentation)."""
 
 
 @dataclass
 class MarketStats(KVConnectorStats):
-    """Deltas since the last step, by counter name or ``name{reason=...}``."""
+    """Deltas since the last step, by counter name or ``name{label=value}``."""
 
     def reset(self) -> None:
         """Start again from nothing."""
@@ -69,9 +71,9 @@ class Deltas:
             self._delta.update(amounts)
             self.totals.update(amounts)
 
-    def add_reason(self, name: str, reason: str, amount: int = 1) -> None:
-        """Add to a counter of `REASONS`."""
-        self.add(**{f"{name}{{reason={reason}}}": amount})
+    def add_labelled(self, name: str, value: str, amount: float = 1) -> None:
+        """Add to a counter of `LABELLED`, under a value of its label."""
+        self.add(**{f"{name}{{{LABELLED[name][0]}={value}}}": amount})
 
     def take(self) -> MarketStats | None:
         """Return the deltas and start again, or None when nothing happened."""
@@ -94,9 +96,9 @@ class MarketPromMetrics(KVConnectorPromMetrics):
             name: self._counter_cls(name=f"vllm:kvmarket_{name}", documentation=text, labelnames=labelnames)
             for name, text in COUNTERS.items()
         }
-        self._by_reason = {
-            name: self._counter_cls(name=f"vllm:kvmarket_{name}", documentation=text, labelnames=[*labelnames, "reason"])
-            for name, text in REASONS.items()
+        self._labelled = {
+            name: self._counter_cls(name=f"vllm:kvmarket_{name}", documentation=text, labelnames=[*labelnames, label])
+            for name, (label, text) in LABELLED.items()
         }
         for values in per_engine_labelvalues.values():
             for counter in self._counters.values():
@@ -106,8 +108,8 @@ class MarketPromMetrics(KVConnectorPromMetrics):
         """Add one step's deltas."""
         values = self._values[engine_idx]
         for key, amount in transfer_stats_data.items():
-            name, _, reason = key.partition("{reason=")
+            name, _, label = key.partition("{")
             if name in self._counters:
                 self._counters[name].labels(*values).inc(amount)
-            elif name in self._by_reason:
-                self._by_reason[name].labels(*values, reason.removesuffix("}")).inc(amount)
+            elif name in self._labelled:
+                self._labelled[name].labels(*values, label.partition("=")[2].removesuffix("}")).inc(amount)

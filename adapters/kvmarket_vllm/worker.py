@@ -173,9 +173,14 @@ class WorkerRole:
             invalid |= failed
         return ids, invalid
 
+    @property
+    def market(self) -> _Market | None:
+        """The open market, or None while there is none."""
+        return self._opening.get() if self._opening is not None else None
+
     def stats(self) -> Any:
         """Return this step's deltas."""
-        market = self._opening.get() if self._opening is not None else None
+        market = self.market
         if market is not None:
             counts = market.core.metrics.snapshot()
             for name, value in counts.items():
