@@ -10,7 +10,8 @@ Readers take no lock and make no system call worth naming; writers take turns. T
     runs        owner (4)              -> epoch (4) head (8) of every run the owner has blocks in, for fencing
     retired     epoch (4)              -> epochs whose blocks may be removed
 
-Bumping an epoch gives the namespace a new number, which makes all its blocks unreachable at once; `sweep` removes them later.
+Bumping an epoch gives the namespace a new number, which makes all its blocks unreachable at once; `sweep` removes them
+later.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.errors import RegistryProtocolError
+from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.identity import OwnerInfo
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
 from kvmarket.registry.host import this_process
-from kvmarket.registry.lmdb_file import acquire_file, release_file
+from kvmarket.registry.lmdb_file import Transaction, acquire_file, release_file
 from kvmarket.registry.records import (
     HEAD_BYTES,
     RECORD,
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import lmdb
+Cursor = Any
+"""An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
 
 LOOKUP_BATCH = 128
 SWEEP_KEYS_MAX = 20_000
 """Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""
+OWNERS_CACHED_MAX = 4096
 _U32 = 4
 _OWNER_AT = slice(3, 7)  # where a record of this version holds its owner
 
@@ -65,13 +68,18 @@ class LmdbRegistry(Registry):
     # ---- owners
 
     def register_owner(self, incarnation: bytes) -> OwnerInfo:
-        with self._file.write() as txn:
-            number = self._next(txn, b"owner")
-            info = this_process(number, incarnation)
-            self._file.locks.acquire(number)
-            body = {"incarnation": incarnation, "pid": info.pid, "pidns": info.pid_namespace}
-            body |= {"boot": info.boot_id, "host": info.host}
-            txn.put(_u32(number), pack("owner", body), db=self._table("owners"))
+        locks, number = self._file.locks, 0
+        try:
+            with self._file.write() as txn:
+                number = self._next(txn, b"owner")
+                info = this_process(number, incarnation)
+                locks.acquire(number)  # first: nobody may see the record of an owner that seems dead
+                body = {"incarnation": incarnation, "pid": info.pid, "pidns": info.pid_namespace}
+                body |= {"boot": info.boot_id, "host": info.host}
+                txn.put(_u32(number), pack("owner", body), db=self._table("owners"))
+        except RegistryError:
+            locks.release(number)
+            raise
         return info
 
     def register_region(self, owner: int, region_id: int, descriptor: dict[str, Any]) -> None:
@@ -80,8 +88,10 @@ class LmdbRegistry(Registry):
             txn.put(key, pack("region", descriptor), db=self._table("regions"))
 
     def release_owner(self, owner: int) -> None:
-        self._fence(owner)
-        self._file.locks.release(owner)
+        try:
+            self._fence(owner)
+        finally:  # without the lock it is dead to everybody, and the next sweep removes what is left
+            self._file.locks.release(owner)
 
     def region(self, owner: int, region_id: int) -> dict[str, Any] | None:
         with self._file.read() as txn:
@@ -91,7 +101,7 @@ class LmdbRegistry(Registry):
     def alive(self, owner: int) -> bool:
         return self._file.locks.alive(owner)
 
-    def _owner(self, txn: lmdb.Transaction, owner: int) -> OwnerInfo | None:
+    def _owner(self, txn: Transaction, owner: int) -> OwnerInfo | None:
         known = self._owner_cache.get(owner)
         if known is not None:
             return known
@@ -103,7 +113,7 @@ class LmdbRegistry(Registry):
             info = OwnerInfo(owner, body["incarnation"], body["pid"], body["pidns"], body["boot"], body["host"])
         except KeyError as error:
             raise RegistryProtocolError(f"the record of owner {owner} lacks {error}") from error
-        if len(self._owner_cache) > 4096:
+        if len(self._owner_cache) >= OWNERS_CACHED_MAX:
             self._owner_cache.clear()
         self._owner_cache[owner] = info
         return info
@@ -131,13 +141,13 @@ class LmdbRegistry(Registry):
             if data is None:
                 return 0
             body = unpack("namespace", data)
-            txn.put(_u32(body["epoch"]), b"", db=self._table("retired"))
+            txn.put(_u32(self._epoch(txn, digest)), b"", db=self._table("retired"))
             epoch = self._next(txn, b"epoch")
             fresh = {"epoch": epoch, "description": body.get("description", {})}
             txn.put(digest, pack("namespace", fresh), db=self._table("namespaces"))
             return epoch
 
-    def _epoch(self, txn: lmdb.Transaction, digest: bytes) -> int:
+    def _epoch(self, txn: Transaction, digest: bytes) -> int:
         data = txn.get(digest, db=self._table("namespaces"))
         return int(unpack("namespace", data).get("epoch", 0)) if data is not None else 0
 
@@ -152,7 +162,7 @@ class LmdbRegistry(Registry):
                     found.append(NamespaceInfo(digest, body.get("description", {}), owners))
         return found
 
-    def _owners_by_epoch(self, txn: lmdb.Transaction) -> dict[int, list[int]]:
+    def _owners_by_epoch(self, txn: Transaction) -> dict[int, list[int]]:
         """Live owners of every epoch: one seek per (owner, epoch)."""
         holders: dict[int, list[int]] = {}
         cursor = txn.cursor(self._table("runs"))
@@ -247,7 +257,7 @@ class LmdbRegistry(Registry):
                 done = self._fence_some(txn, owner_key)
         self._owner_cache.pop(owner, None)
 
-    def _fence_some(self, txn: lmdb.Transaction, owner_key: bytes) -> bool:
+    def _fence_some(self, txn: Transaction, owner_key: bytes) -> bool:
         runs, blocks = txn.cursor(self._table("runs")), txn.cursor(self._table("blocks"))
         removed = 0
         while runs.set_key(owner_key):
@@ -270,6 +280,27 @@ class LmdbRegistry(Registry):
                 if removed < SWEEP_KEYS_MAX:
                     txn.delete(epoch_key, db=self._table("retired"))
 
+    def usage(self) -> tuple[Path, int, int, int, int, int]:
+        """Return path, bytes used, bytes at most, block records, owners, dead owners."""
+        env = self._file.env
+        with self._file.read() as txn:
+            owners = [int.from_bytes(key, "big") for key, _ in txn.cursor(self._table("owners"))]
+            blocks = txn.stat(self._table("blocks"))["entries"]
+        used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        dead = sum(not self.alive(owner) for owner in owners)
+        return self._file.path, used, env.info()["map_size"], blocks, len(owners), dead
+
+    def live_owners(self) -> list[tuple[OwnerInfo, list[int]]]:
+        """Return every live owner with the numbers of its regions."""
+        found = []
+        with self._file.read() as txn:
+            regions = [(key[:_U32], int.from_bytes(key[_U32:], "big")) for key, _ in txn.cursor(self._table("regions"))]
+            for owner_key, _ in txn.cursor(self._table("owners")):
+                info = self._owner(txn, int.from_bytes(owner_key, "big"))
+                if info is not None and self.alive(info.owner):
+                    found.append((info, [region for key, region in regions if key == owner_key]))
+        return found
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -278,13 +309,13 @@ class LmdbRegistry(Registry):
     def _table(self, name: str) -> Any:
         return self._file.tables[name]
 
-    def _next(self, txn: lmdb.Transaction, counter: bytes) -> int:
+    def _next(self, txn: Transaction, counter: bytes) -> int:
         number = int.from_bytes(txn.get(counter, db=self._table("meta")) or b"", "big") + 1
         txn.put(counter, _u32(number), db=self._table("meta"))
         return number
 
 
-def _collect(cursor: lmdb.Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
+def _collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
     """Read the records of `keys` up to the first that has none, a batch at a time."""
     for start in range(0, len(keys), LOOKUP_BATCH):
         wanted = [prefix + key for key in keys[start : start + LOOKUP_BATCH]]
@@ -313,7 +344,7 @@ def _run_length(blocks: np.ndarray, asked: int) -> int:
     return int(gaps[0]) if len(gaps) else len(present)
 
 
-def _delete_record(cursor: lmdb.Cursor, key: bytes, owner_key: bytes) -> bool:
+def _delete_record(cursor: Cursor, key: bytes, owner_key: bytes) -> bool:
     """Delete the record of one owner at `key`; tell whether there was one."""
     if not cursor.set_key(key):
         return False
@@ -324,7 +355,7 @@ def _delete_record(cursor: lmdb.Cursor, key: bytes, owner_key: bytes) -> bool:
     return False
 
 
-def _keys_of_run(cursor: lmdb.Cursor, run: bytes) -> list[bytes]:
+def _keys_of_run(cursor: Cursor, run: bytes) -> list[bytes]:
     keys: list[bytes] = []
     found = cursor.set_range(run)
     while found and cursor.key().startswith(run):
@@ -333,7 +364,7 @@ def _keys_of_run(cursor: lmdb.Cursor, run: bytes) -> list[bytes]:
     return keys
 
 
-def _run_has_owner(cursor: lmdb.Cursor, run: bytes, owner_key: bytes) -> bool:
+def _run_has_owner(cursor: Cursor, run: bytes, owner_key: bytes) -> bool:
     found = cursor.set_range(run)
     while found and cursor.key().startswith(run):
         if cursor.value()[_OWNER_AT] == owner_key:
@@ -342,7 +373,7 @@ def _run_has_owner(cursor: lmdb.Cursor, run: bytes, owner_key: bytes) -> bool:
     return False
 
 
-def _delete_prefix(cursor: lmdb.Cursor, prefix: bytes, limit: int) -> int:
+def _delete_prefix(cursor: Cursor, prefix: bytes, limit: int) -> int:
     removed = 0
     found = cursor.set_range(prefix)
     while found and removed < limit and cursor.key().startswith(prefix):

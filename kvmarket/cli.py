@@ -1,0 +1,124 @@
+"""The ``kvmarket`` command: what this machine can do, what is published on it, and tidying up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+
+import typer
+
+import kvmarket
+from kvmarket.config import MarketConfig
+from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, usage, view_owners
+from kvmarket.errors import KVMarketError
+from kvmarket.registry import Registry, open_registry
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="A memcached for transformer attention states.")
+
+
+def _settings() -> MarketConfig:
+    return MarketConfig.from_env()
+
+
+def _open(config: MarketConfig) -> Registry:
+    if config.registry == "memory":
+        raise typer.BadParameter("KVMARKET_REGISTRY=memory lives inside one process; there is nothing to look at")
+    return open_registry(config)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, what `auto` would choose towards each live owner, and what to change."""
+    config = _settings()
+    print(f"kvmarket {kvmarket.__version__}, Python {sys.version.split()[0]}")
+    print("\nsettings in force")
+    for item in fields(config):
+        value = "(set)" if item.name == "salt" and config.salt else getattr(config, item.name)
+        print(f"  {item.metadata['env']:28} {value!r}")
+    print(f"  {'runtime directory':28} {config.directory}")
+    print("\ntransports")
+    print("  inproc   between marketplaces of one process: always")
+    print(f"  shm      between processes of one host: {check_shared_memory()}")
+    print("\nregistry")
+    registry = _open(config)
+    try:
+        numbers = usage(registry)
+        print(f"  {numbers.path}: {_size(numbers.used_bytes)} used of at most {_size(numbers.limit_bytes)}")
+        print(f"  {numbers.blocks} blocks, {numbers.owners} owners of which {numbers.dead_owners} are dead")
+        if numbers.dead_owners:
+            print("  dead owners' records are never served; `kvmarket sweep` removes them, and so does every new marketplace")
+        print("\nlive owners")
+        owners = view_owners(registry, config)
+        for owner in owners:
+            print(f"  {owner.name}: {owner.verdict}")
+        if not owners:
+            print("  none")
+    finally:
+        registry.close()
+
+
+@app.command()
+def stats(as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
+    """Show what is published on this host: namespaces, owners, blocks."""
+    config = _settings()
+    registry = _open(config)
+    try:
+        numbers, owners = usage(registry), view_owners(registry, config)
+        namespaces = registry.namespaces(1024)
+    finally:
+        registry.close()
+    if as_json:
+        print(_as_json(numbers, owners, [(info.digest.hex(), info.description, info.owners) for info in namespaces]))
+        return
+    print(f"{numbers.blocks} blocks of {numbers.owners - numbers.dead_owners} live owners in {numbers.path}")
+    for info in namespaces:
+        d = info.description
+        print(
+            f"  {info.digest.hex()[:12]}  {d.get('model.name')} {d.get('spec.dtype')}, blocks of {d.get('spec.block_size')} "
+            f"tokens, {len(info.owners)} owners"
+        )
+
+
+def _as_json(numbers: Usage, owners: list[OwnerView], namespaces: list[tuple[str, dict[str, object], tuple[int, ...]]]) -> str:
+    return json.dumps(
+        {
+            "registry": str(numbers.path),
+            "used_bytes": numbers.used_bytes,
+            "blocks": numbers.blocks,
+            "owners": [{"name": owner.name, "verdict": owner.verdict} for owner in owners],
+            "dead_owners": numbers.dead_owners,
+            "namespaces": [{"digest": d, "description": text, "owners": list(o)} for d, text, o in namespaces],
+        }
+    )
+
+
+@app.command()
+def sweep() -> None:
+    """Remove what dead owners left behind."""
+    registry = _open(_settings())
+    try:
+        print(f"{registry.sweep()} dead owners removed")
+    finally:
+        registry.close()
+
+
+def main() -> None:
+    """Run the command; errors are one line on stderr and exit status 1."""
+    try:
+        app()
+    except KVMarketError as error:
+        print(f"kvmarket: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
