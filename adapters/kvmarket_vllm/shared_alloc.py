@@ -1,7 +1,8 @@
 """Let vLLM allocate its KV cache in shared memory, without changing vLLM.
 
-vLLM >= 0.32 asks a connector for a context in which it allocates. Inside it, the one ``torch.zeros(n, dtype=int8)`` on the
-CPU that makes the KV cache is answered with a tensor over a memfd, which peers can map.
+vLLM since 0.31 asks a connector for a context in which it allocates. Inside it, the ``torch.zeros(n, dtype=int8)`` on the CPU
+that makes the KV cache is answered with a tensor over a memfd, which peers can map. Older versions make the connector just
+before they allocate and register the tensors just after, so there the context spans these two calls.
 """
 
 from __future__ import annotations
@@ -25,6 +26,25 @@ class SharedAllocation(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.memories: list[SharedMemory] = []
+        self._spanning = False
+
+    def span_until_registered(self) -> None:
+        """Enter now, on this thread; `end_span` leaves."""
+        self._spanning = True
+        self.__enter__()
+
+    def end_span(self) -> None:
+        """Leave what `span_until_registered` entered. Idempotent."""
+        if self._spanning:
+            self._spanning = False
+            self.__exit__(None, None, None)
+
+    def keep_only(self, used: Sequence[SharedMemory]) -> None:
+        """Give back memories that turned out not to be KV cache; tensors over them stay valid."""
+        for memory in self.memories:
+            if memory not in used:
+                memory.close()
+        self.memories = list(used)
 
     def __torch_function__(
         self,

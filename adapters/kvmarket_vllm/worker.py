@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
@@ -27,6 +28,7 @@ from kvmarket_vllm.weights import model_identity
 logger = logging.getLogger("vllm.kvmarket")
 
 Rank = tuple[int, int]
+_ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 
 
@@ -58,6 +60,9 @@ class WorkerRole:
         self._counted: dict[str, float] = {}
         self._lost: list[Load] = []
         self.deltas = Deltas()
+        on_host = vllm_config.device_config.device_type == "cpu"
+        if on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
+            self._allocation.span_until_registered()
 
     # ---- start
 
@@ -69,10 +74,12 @@ class WorkerRole:
 
     def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the KV cache tensors and work out what a page is."""
+        self._allocation.end_span()
         try:
             self._facts = self._describe(tensors)
         except (InvalidInputError, OSError) as error:
             self._facts = self._refuse(str(error))
+        self._allocation.keep_only(self._shared)
         if self._facts.refusal:
             logger.warning("kvmarket publishes and fetches nothing: %s", self._facts.refusal)
         elif not self._shared:
