@@ -1,0 +1,44 @@
+# Every target that needs an environment makes it first; see scripts/setup.py.
+
+# The first that runs: a version manager may put a python3.11 on the path that only answers "not installed".
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv/bin
+SETUP = $(or $(PYTHON),$(error no python3.11 or python3 on the path; name one: make PYTHON=...)) scripts/setup.py
+
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCHES ?= bench/fetch.py bench/lookup.py bench/vllm_ttft.py
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-fast bench lint clean setup setup-vllm
+
+help: ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup-vllm ## two stock vLLM replicas, one serving the prefix that the other computed
+	@$(VENV)/python -u examples/demo_vllm.py $(DEMO_ARGS)
+
+test: setup-vllm ## all tests, real engines included (PYTEST_ARGS="-k name" for some)
+	@$(VENV)/python -u -m pytest $(PYTEST_ARGS)
+
+test-fast: setup ## the tests without engines
+	@$(VENV)/python -u -m pytest -m "not vllm" $(PYTEST_ARGS)
+
+bench: setup-vllm ## the benchmarks; the last line of each is JSON (BENCHES="bench/fetch.py" for some)
+	@for bench in $(BENCHES); do echo "== $$bench"; $(VENV)/python -u $$bench || exit 1; done
+
+lint: setup ## ruff, formatting and types
+	@$(VENV)/ruff check
+	@$(VENV)/ruff format --check
+	@$(VENV)/mypy
+
+clean: ## remove the environment and all that tools left
+	rm -rf .venv .venv-setup.log build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup:
+	@$(SETUP)
+
+setup-vllm:
+	@$(SETUP) --vllm
