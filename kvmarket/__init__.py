@@ -1,7 +1,7 @@
 """kvmarket: a memcached for transformer attention states.
 
-One process computes the KV cache of a prefix and publishes it; every other one fetches it, straight from the memory of the
-process that holds it.
+One process computes the KV cache of a prefix and publishes it; every other one fetches it, straight from the memory of
+the process that holds it.
 
     async with kvmarket.Marketplace("my-model", spec) as marketplace:
         await marketplace.publish(tokens, kv)

@@ -6,54 +6,71 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.errors import DeadlineExceededError
+from kvmarket.errors import InvalidInputError, KVMarketError
 from kvmarket.region.arena import Arena
 from kvmarket.region.pages import PagedMemory, copy_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from concurrent.futures import Future
 
     from kvmarket.core import MarketCore
-    from kvmarket.deadline import Deadline
 
 
 class ArenaPublisher:
-    """One arena of one marketplace. Not thread-safe: its marketplace's publishing thread owns it."""
+    """One arena of one marketplace. Not thread-safe: its marketplace's publishing thread owns it.
+
+    Raises:
+        RegistryError: this process cannot be entered as an owner.
+    """
 
     def __init__(self, core: MarketCore) -> None:
         self._arena = Arena(core.config.arena_bytes, core.namespace.spec.page_bytes)
-        region = core.lend(self._arena.pages, [self._arena.memory])
-        self._publisher = core.publisher(region)
+        try:
+            region = core.lend(self._arena.pages, [self._arena.memory])
+            self._publisher = core.publisher(region)
+        except KVMarketError:
+            self._arena.close()
+            raise
 
-    def publish(self, keys: Sequence[bytes], pages: np.ndarray, deadline: Deadline) -> int:
-        """Copy in the blocks of a prefix that are not there yet and announce them; return how many those were.
+    def put(self, keys: Sequence[bytes], pages: np.ndarray) -> tuple[int, Future[int] | None]:
+        """Copy in the blocks of a prefix that are not there yet and offer them. Does no I/O.
+
+        Args:
+            keys: registry keys of the prefix, from its first block on.
+            pages: (len(keys), page_bytes) uint8; not read any more when this returns.
+
+        Returns:
+            How many blocks were new, and a future that ends when everything offered so far is announced. None were, and
+            there is no future, when another process bumped the epoch since the last time: the caller's KV may be older.
 
         Raises:
-            DeadlineExceededError, RegistryError: they are not announced yet, or not at all.
+            InvalidInputError: the arena is too small for the prefix.
         """
-        for key in keys:
-            slot = self._arena.slot(key)
-            if slot is not None and self._publisher.page_of(key) is None:  # forgotten by an epoch
-                self._arena.release([key])
+        if len(keys) > self._arena.capacity:
+            raise InvalidInputError(
+                f"{len(keys)} blocks do not fit an arena of {self._arena.capacity}; raise KVMARKET_ARENA_BYTES"
+            )
+        if self._publisher.notice_epoch():  # of what is published now, too, nobody knows whose weights computed it
+            return 0, None
+        self._arena.release([key for key in keys if self._publisher.page_of(key) is None])  # forgotten by an epoch
         new = [i for i, key in enumerate(keys) if self._arena.slot(key) is None]
         self._arena.touch(keys)
         slots, evicted = self._arena.reserve([keys[i] for i in new])
         self._publisher.retract([slot for _, slot in evicted])
         copy_pages(PagedMemory.packed(pages), np.array(new, np.int64), self._arena.pages, np.array(slots, np.int64))
         self._arena.touch(keys)
-        announced = self._publisher.offer([keys[i] for i in new], slots, wait=True)
-        assert announced is not None
-        try:
-            announced.result(deadline.remaining_s)
-        except TimeoutError as error:
-            raise DeadlineExceededError("the registry did not take the announcement before the deadline") from error
-        return len(new)
+        return len(new), self._publisher.offer([keys[i] for i in new], slots, wait=True)
+
+    def offered(self, keys: Sequence[bytes]) -> int:
+        """Return how many of `keys` peers may read, as far as this process knows."""
+        return sum(self._publisher.page_of(key) is not None for key in keys)
 
     def withdraw(self, keys: Sequence[bytes]) -> int:
         """Make blocks unreadable and free their slots; return how many there were."""
-        held = [key for key in keys if self._arena.slot(key) is not None]
-        self._publisher.retract([slot for key in held if (slot := self._arena.slot(key)) is not None])
-        self._arena.release(held)
+        held = [(key, slot) for key in keys if (slot := self._arena.slot(key)) is not None]
+        self._publisher.retract([slot for _, slot in held])
+        self._arena.release([key for key, _ in held])
         return len(held)
 
     def clear(self) -> None:

@@ -55,7 +55,9 @@ def doctor() -> None:
         print(f"  {numbers.path}: {_size(numbers.used_bytes)} used of at most {_size(numbers.limit_bytes)}")
         print(f"  {numbers.blocks} blocks, {numbers.owners} owners of which {numbers.dead_owners} are dead")
         if numbers.dead_owners:
-            print("  dead owners' records are never served; `kvmarket sweep` removes them, and so does every new marketplace")
+            print(
+                "  dead owners' records are never served; `kvmarket sweep` removes them, and so does every new marketplace"
+            )
         print("\nlive owners")
         owners = view_owners(registry, config)
         for owner in owners:
@@ -88,7 +90,9 @@ def stats(as_json: bool = typer.Option(False, "--json", help="One JSON object.")
         )
 
 
-def _as_json(numbers: Usage, owners: list[OwnerView], namespaces: list[tuple[str, dict[str, object], tuple[int, ...]]]) -> str:
+def _as_json(
+    numbers: Usage, owners: list[OwnerView], namespaces: list[tuple[str, dict[str, object], tuple[int, ...]]]
+) -> str:
     return json.dumps(
         {
             "registry": str(numbers.path),

@@ -57,7 +57,10 @@ def _size(low: int, high: int) -> Callable[[str], int]:
             if number.endswith(unit):
                 number, factor = number[: -len(unit)].strip(), size
                 break
-        value = int(float(number) * factor) if factor > 1 else int(number)
+        try:
+            value = int(float(number) * factor) if factor > 1 else int(number)
+        except OverflowError as error:
+            raise ValueError("must be finite") from error
         if not low <= value <= high:
             raise ValueError(f"must be within [{low}, {high}] bytes")
         return value
@@ -66,7 +69,7 @@ def _size(low: int, high: int) -> Callable[[str], int]:
 
 
 def _registry(text: str) -> str:
-    if text == "memory" or text == "lmdb" or text.startswith("lmdb://"):
+    if text in {"memory", "lmdb"} or text.startswith("lmdb:///"):
         return text
     raise ValueError("must be 'lmdb' (default), 'lmdb:///directory' or 'memory'")
 
@@ -75,10 +78,14 @@ def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"env": PREFIX + env, "parse": parse})
 
 
+def _shown(name: str, value: object) -> str:
+    return "(hidden)" if name == "salt" else repr(value)
+
+
 def default_runtime_dir() -> Path:
     """Where processes of one user on one host meet: /dev/shm if there is one, else the temporary directory."""
-    shm = Path("/dev/shm")
-    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
+    shm, tmp = Path("/dev/shm"), os.environ.get("TMPDIR", "/tmp")  # noqa: S108 - private to the user by mode 0700
+    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tmp)
     return base / f"kvmarket-{os.getuid()}"
 
 
@@ -91,7 +98,8 @@ class MarketConfig:
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
-        verify: ``full`` compares every page's digest after the copy, ``sampled`` one page in 16, ``none`` only generations.
+        verify: ``full`` compares every page's digest after the copy, ``sampled`` one page in 16, ``none`` only
+            generations.
         fetch_deadline_s: a fetch that takes longer ends as a (shorter) hit or a miss.
         publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
         fetch_concurrency: fetches that may run at once; more wait.
@@ -121,15 +129,15 @@ class MarketConfig:
                 object.__setattr__(self, item.name, value := float(value))
             if type(value) is not type(item.default):
                 expected = type(item.default).__name__
-                raise ConfigError(f"MarketConfig.{item.name} must be {expected}, not {value!r}")
+                raise ConfigError(f"MarketConfig.{item.name} must be {expected}, not {_shown(item.name, value)}")
             try:
                 item.metadata["parse"](str(value))
             except ValueError as error:
-                raise ConfigError(f"MarketConfig.{item.name} = {value!r}: {error}") from error
+                raise ConfigError(f"MarketConfig.{item.name} = {_shown(item.name, value)}: {error}") from error
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> MarketConfig:
-        """Build the settings from `environ` (default: this process's); keyword arguments win. Pure but for that default.
+        """Build the settings from `environ` (default: this process's); keyword arguments win. Pure but for the default.
 
         Raises:
             ConfigError: an unknown ``KVMARKET_*`` name, or a value that cannot be used; the message names it.
@@ -146,8 +154,7 @@ class MarketConfig:
             try:
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as error:
-                shown = "(hidden)" if item.name == "salt" else repr(text)
-                raise ConfigError(f"{name}={shown}: {error}") from error
+                raise ConfigError(f"{name}={_shown(item.name, text)}: {error}") from error
         return cls(**{**values, **overrides})
 
     @property

@@ -1,16 +1,24 @@
 """The synchronous heart of a marketplace: one namespace, one owner, a registry and the transports.
 
-`kvmarket.Marketplace` puts asyncio around it; engines with threads of their own use it directly. All methods are thread-safe.
+`kvmarket.Marketplace` puts asyncio around it; engines with threads of their own use it directly. All methods are
+thread-safe.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
-from kvmarket.errors import InvalidInputError, MarketClosedError
+from kvmarket.errors import (
+    InvalidInputError,
+    KVMarketError,
+    MarketClosedError,
+    RegistryError,
+    RegistryUnavailableError,
+)
 from kvmarket.fetch import Fetcher
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
@@ -27,6 +35,9 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory
+
+
+logger = logging.getLogger(__name__)
 
 
 def make_transports(preference: str) -> list[Transport]:
@@ -57,22 +68,33 @@ class MarketCore:
         self.metrics = Metrics()
         self._owns_registry = registry is None
         self.registry = registry if registry is not None else open_registry(self.config)
-        self._incarnation = os.urandom(16)
+        self._incarnation, self._pid = os.urandom(16), os.getpid()
         self._lock = threading.RLock()
         self._owner: OwnerInfo | None = None
         self._regions: list[LentRegion] = []
         self._publishers: list[Publisher] = []
         self._closed = False
-        self.registry.sweep()
-        self.registry.open_namespace(namespace.digest, namespace.describe())
+        try:
+            self._open()
+        except KVMarketError:
+            if self._owns_registry:
+                self.registry.close()
+            raise
         self.transports = TransportSelector(make_transports(self.config.transport))
         self.fetcher = Fetcher(namespace, self.registry, self.transports, self.config, self.metrics)
+
+    def _open(self) -> None:
+        try:
+            self.registry.sweep()
+        except RegistryUnavailableError as error:  # what the dead left behind only takes room: look-ups skip it
+            logger.warning("kvmarket: the registry is not swept: %s", error)
+        self.registry.open_namespace(self.namespace.digest, self.namespace.describe())
 
     @property
     def owner(self) -> OwnerInfo:
         """This process as an owner, registered on first use."""
         with self._lock:
-            self._require_open()
+            self.require_open()
             if self._owner is None:
                 self._owner = self.registry.register_owner(self._incarnation)
             return self._owner
@@ -94,10 +116,17 @@ class MarketCore:
             )
         if shared and len(shared) != len(pages.memories):
             raise InvalidInputError(f"{len(shared)} shared memories for {len(pages.memories)} memories")
+        for number, (memory, array) in enumerate(zip(shared, pages.memories, strict=False)):
+            if memory.address.nbytes != len(array) or memory.contains(array.ctypes.data, len(array)) != 0:
+                raise InvalidInputError(f"memory {number} of the pages is not shared memory {number}")
         with self._lock:
             owner = self.owner
             region = LentRegion(len(self._regions), owner.incarnation, pages, shared, self.namespace.spec.fingerprint)
-            self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())
+            try:
+                self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())
+            except RegistryError:
+                region.close()
+                raise
             local_regions.add(owner.incarnation, region)
             self._regions.append(region)
             return region
@@ -105,8 +134,9 @@ class MarketCore:
     def publisher(self, region: LentRegion) -> Publisher:
         """Return a publisher for a lent region; it ends with this core."""
         with self._lock:
+            with_digests = self.config.verify != "none"
             publisher = Publisher(
-                self.namespace, self.registry, self.owner, region, self.metrics, self.config.verify != "none"
+                self.namespace, self.registry, self.owner, region, self.metrics, with_digests=with_digests
             )
             self._publishers.append(publisher)
             return publisher
@@ -119,9 +149,12 @@ class MarketCore:
         return epoch
 
     def close(self) -> None:
-        """Withdraw everything, make every page unreadable, release all handles. Idempotent; no fetch may be running."""
+        """Withdraw everything, make every page unreadable, release all handles. Idempotent; no fetch may be running.
+
+        In a forked child it does nothing: all of it is the parent's.
+        """
         with self._lock:
-            if self._closed:
+            if self._closed or self._pid != os.getpid():
                 return
             self._closed = True
         for publisher in self._publishers:
@@ -131,10 +164,16 @@ class MarketCore:
         for region in self._regions:
             region.close()
         if self._owner is not None:
-            self.registry.release_owner(self._owner.owner)
+            try:
+                self.registry.release_owner(self._owner.owner)
+            except RegistryError as error:  # its lock is gone, so its records are dead, and swept later
+                logger.warning("kvmarket: the registry keeps records of a closed marketplace: %s", error)
         if self._owns_registry:
             self.registry.close()
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise `MarketClosedError` when this core is closed, or belongs to the process this one was forked from."""
         if self._closed:
             raise MarketClosedError("this marketplace is closed")
+        if self._pid != os.getpid():
+            raise MarketClosedError("this marketplace belongs to the parent process; make one after the fork")

@@ -5,13 +5,30 @@ from __future__ import annotations
 import threading
 import time
 
+from kvmarket.errors import InvalidInputError
+
+SECONDS_MAX = 86_400.0
+
 
 class Deadline:
-    """A point in time on the monotonic clock that may also be cancelled. Thread-safe."""
+    """A point in time on the monotonic clock that may also be cancelled. Thread-safe.
+
+    Args:
+        seconds: from now, within [0, `SECONDS_MAX`].
+
+    Raises:
+        InvalidInputError: `seconds` is not such a number; not a number and infinity would never pass.
+    """
 
     __slots__ = ("_at", "_cancelled")
 
     def __init__(self, seconds: float) -> None:
+        try:
+            valid = 0 <= seconds <= SECONDS_MAX
+        except TypeError:
+            valid = False
+        if not valid:
+            raise InvalidInputError(f"a deadline must be within [0, {SECONDS_MAX:g}] seconds, not {seconds!r}")
         self._at = time.monotonic() + seconds
         self._cancelled = threading.Event()
 

@@ -16,10 +16,10 @@ def page_digest(memory: PagedMemory, page: int) -> bytes:
     """Return the 16-byte digest of one page. The order of its segments counts, where they lie does not."""
     views = memory.views(page)
     if len(views) == 1:
-        return xxhash.xxh3_128_digest(views[0])
+        return xxhash.xxh3_128_digest(views[0].data)
     state = xxhash.xxh3_128()
     for view in views:
-        state.update(view)
+        state.update(view.data)
     return state.digest()
 
 

@@ -1,7 +1,7 @@
 """Every error kvmarket raises, in one tree.
 
-A miss is a value (see `kvmarket.report`), never an error. Each class says whose fault it was and its message says what to do next.
-Foreign exceptions are translated once, in the backend that met them, and stay attached as ``__cause__``.
+A miss is a value (see `kvmarket.report`), never an error. Each class says whose fault it was and its message says what
+to do next. Foreign exceptions are translated once, in the backend that met them, and stay attached as ``__cause__``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class MissingExtraError(KVMarketError, ImportError):
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed; install it with: pip install 'kvmarket[{extra}]'")
-        self.extra = extra
+        self.extra, self._module = extra, module
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), (self._module, self.extra)
 
 
 class IncompatibleSpecError(KVMarketError, ValueError):
@@ -51,6 +54,9 @@ class IncompatibleSpecError(KVMarketError, ValueError):
     def __init__(self, field: str, expected: object, found: object) -> None:
         super().__init__(f"KV cache spec differs in {field}: expected {expected!r}, found {found!r}")
         self.field, self.expected, self.found = field, expected, found
+
+    def __reduce__(self) -> tuple[type[IncompatibleSpecError], tuple[str, object, object]]:
+        return type(self), (self.field, self.expected, self.found)
 
 
 class RegistryError(KVMarketError):

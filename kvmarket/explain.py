@@ -10,7 +10,7 @@ from kvmarket.report import MissReason
 if TYPE_CHECKING:
     from kvmarket.registry import Registry
 
-_HASH_FIELDS = ("hash.algorithm", "hash.root")
+_HASH_FIELDS = ("hash.algorithm", "hash.root", "engine.python")  # an engine's hashes may go through Python's pickle
 _NAMESPACES_MAX = 32
 
 
@@ -18,16 +18,25 @@ def explain_nothing_found(registry: Registry, namespace: Namespace) -> tuple[Mis
     """Say why no block at all of a prefix was found in `namespace`.
 
     When nobody publishes in it but somebody does in others, the closest of those is named with the fields that differ:
-    another dtype, another revision, another tenant, another hash seed.
+    another dtype, another revision, another tenant, another hash seed. A namespace with one publisher, which may be the
+    asker itself, beside one that differs in nothing but hashing is explained, too: two processes that were meant to share.
     """
-    others = [info for info in registry.namespaces(_NAMESPACES_MAX)]
-    if not others:
+    known = registry.namespaces(_NAMESPACES_MAX)
+    if not known:
         return MissReason.NOT_PUBLISHED, "nobody has published anything in this registry"
-    if any(info.digest == namespace.digest for info in others):
-        return MissReason.NOT_PUBLISHED, "block 0 is not published; other prefixes are"
     mine = namespace.describe()
-    differences = min((describe_differences(mine, info.description) for info in others), key=len)
+    publishers = sum(len(info.owners) for info in known if info.digest == namespace.digest)
+    candidates = [describe_differences(mine, info.description) for info in known if info.digest != namespace.digest]
+    if publishers:
+        candidates = [each for each in candidates if publishers == 1 and all(map(_is_about_hashing, each))]
+    if not candidates:
+        return MissReason.NOT_PUBLISHED, "block 0 is not published; other prefixes are"
+    differences = min(candidates, key=len)
     hint = ""
-    if any(difference.startswith(_HASH_FIELDS) for difference in differences):
+    if any(map(_is_about_hashing, differences)):
         hint = "; block hashes differ between processes: use one hash algorithm and one PYTHONHASHSEED everywhere"
     return MissReason.NAMESPACE_DIFFERS, f"the closest published namespace differs in {'; '.join(differences)}{hint}"
+
+
+def _is_about_hashing(difference: str) -> bool:
+    return difference.startswith(_HASH_FIELDS)

@@ -72,7 +72,10 @@ class Fetcher:
         self._verifiers = ThreadPoolExecutor(max(1, config.fetch_concurrency), "kvmarket-verify")
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
-        """Find the longest run of `keys` that live owners hold, and say why it is not longer. Never raises for a bad registry."""
+        """Find the longest run of `keys` that live owners hold, and say why it is not longer.
+
+        Never raises for a bad registry: that is a miss, too.
+        """
         try:
             result = self._registry.lookup(self._digest, keys)
             if result.blocks == len(keys):
@@ -121,7 +124,7 @@ class Fetcher:
             if run is None:
                 break  # outcome.reason says why the last source was excluded
             owner = found.owners[int(run["owner"][0])]
-            adopted = self._read_run(run, owner, local, local_pages, deadline, outcome)
+            adopted = self._read_run(run, owner, local, local_pages, deadline=deadline, outcome=outcome)
             if adopted:
                 used[owner.owner] = owner
             if adopted < len(run):
@@ -138,6 +141,7 @@ class Fetcher:
         owner: OwnerInfo,
         local: PagedMemory,
         local_pages: np.ndarray,
+        *,
         deadline: Deadline,
         outcome: Outcome,
     ) -> int:
@@ -148,7 +152,7 @@ class Fetcher:
         except TransportError as error:
             gone = isinstance(error, PeerGoneError)
             outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
-            if isinstance(error, _SpecMismatch):
+            if isinstance(error, _SpecMismatchError):
                 outcome.reason = MissReason.SPEC_MISMATCH
             outcome.detail = f"{owner}: {error}"
             return 0
@@ -184,6 +188,7 @@ class Fetcher:
     def _connect(self, owner: OwnerInfo, region_id: int) -> Connection:
         def describe() -> RegionDescriptor:
             try:
+                self._transports.forget_dead(self._registry.alive)
                 wire = self._registry.region(owner.owner, region_id)
                 if wire is None:
                     raise PeerGoneError(f"region {region_id} is not registered any more", peer=str(owner))
@@ -191,7 +196,7 @@ class Fetcher:
             except RegistryError as error:
                 raise TransportUnavailableError(str(error), peer=str(owner)) from error
             if descriptor.fingerprint != self._fingerprint or descriptor.layout.page_bytes != self._page_bytes:
-                raise _SpecMismatch(
+                raise _SpecMismatchError(
                     f"its pages have {descriptor.layout.page_bytes} bytes and spec {descriptor.fingerprint.hex()}, "
                     f"expected {self._page_bytes} and {self._fingerprint.hex()}",
                     peer=str(owner),
@@ -206,25 +211,26 @@ class Fetcher:
             return
         try:
             epoch = self._registry.epoch(self._digest)
+            dead = [owner for owner in used.values() if not self._registry.alive(owner.owner)]
         except RegistryError as error:
-            epoch, outcome.detail = -1, str(error)
+            outcome.blocks, outcome.reason, outcome.detail = 0, MissReason.REGISTRY_UNAVAILABLE, str(error)
+            return
         if epoch != found.epoch:
             outcome.blocks, outcome.reason = 0, MissReason.EPOCH_CHANGED
-            outcome.detail = outcome.detail or "the namespace was told to forget while the fetch ran"
+            outcome.detail = "the namespace was told to forget while the fetch ran"
             return
-        for owner in used.values():
-            if not self._registry.alive(owner.owner):
-                self._transports.forget(owner)
-                of_owner = found.records[found.records["owner"] == owner.owner]
-                outcome.blocks = min(outcome.blocks, int(of_owner["block"].min()))
-                outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner} died during the fetch"
+        for owner in dead:
+            self._transports.forget(owner)
+            of_owner = found.records[found.records["owner"] == owner.owner]
+            outcome.blocks = min(outcome.blocks, int(of_owner["block"].min()))
+            outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner} died during the fetch"
 
     def close(self) -> None:
         """Stop the verifying threads."""
         self._verifiers.shutdown(wait=True)
 
 
-class _SpecMismatch(TransportError):
+class _SpecMismatchError(TransportError):
     """The owner's region is not what its namespace promises."""
 
 
@@ -255,15 +261,17 @@ class _Verification:
         if mode == "none":
             self._wanted[:] = False
         elif mode == "sampled":
-            offset = random.randrange(SAMPLE_ONE_IN)
+            offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
             self._wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
         self._futures: list[Future[list[int]]] = []
-        self.blocks = int(self._wanted.sum())
+        self.blocks = 0
+        """Pages compared."""
 
     def on_group(self, indices: np.ndarray) -> None:
         """Verify pages that have just arrived."""
         chosen = indices[self._wanted[indices]].tolist()
         if chosen:
+            self.blocks += len(chosen)
             self._futures.append(self._pool.submit(self._mismatches, chosen))
 
     def _mismatches(self, indices: list[int]) -> list[int]:

@@ -72,6 +72,8 @@ def token_array(tokens: TokenIds) -> np.ndarray:
         InvalidInputError: empty, not one-dimensional, not integers, negative, or above `TOKEN_ID_MAX`.
     """
     if hasattr(tokens, "detach"):  # a torch tensor, on any device
+        if tokens.is_floating_point() or tokens.is_complex():  # numpy does not know all of these
+            raise InvalidInputError(f"tokens must be integers within [0, {TOKEN_ID_MAX}], not {tokens.dtype}")
         tokens = tokens.detach().cpu().numpy()
     if isinstance(tokens, str | bytes):
         raise InvalidInputError("tokens must be integer ids, not text; tokenise it first")
@@ -109,12 +111,16 @@ def hash_blocks(
             equal tokens mean different KV.
 
     Raises:
-        InvalidInputError: see `token_array`; also a wrong number of extra keys.
+        InvalidInputError: see `token_array`; also a bad block size, a wrong number of extra keys, or one not bytes.
     """
     array = token_array(tokens)
+    if block_size < 1:
+        raise InvalidInputError(f"block_size must be positive, not {block_size}")
     blocks = len(array) // block_size
     if extra_keys is not None and len(extra_keys) != blocks:
         raise InvalidInputError(f"extra_keys has {len(extra_keys)} entries for {blocks} full blocks")
+    if extra_keys is not None and not all(isinstance(key, bytes) for key in extra_keys):
+        raise InvalidInputError("extra_keys must be bytes, empty where a block has none")
     digest = hash_function(algorithm)
     data = array.tobytes()
     step = 4 * block_size

@@ -69,8 +69,12 @@ class Namespace:
         if self.algorithm not in HASH_ALGORITHMS and ":" not in self.algorithm:
             known = ", ".join(HASH_ALGORITHMS)
             raise InvalidInputError(f"hash algorithm {self.algorithm!r} is not one of: {known}, or 'engine:name'")
-        if not isinstance(self.salt, bytes):
-            raise InvalidInputError(f"Namespace.salt must be bytes, not {type(self.salt).__name__}")
+        for name, kind in (("root", bytes), ("salt", bytes), ("tenant", str)):
+            if not isinstance(getattr(self, name), kind):
+                found = type(getattr(self, name)).__name__
+                raise InvalidInputError(f"Namespace.{name} must be {kind.__name__}, not {found}")
+        if len(dict(self.engine)) != len(self.engine):
+            raise InvalidInputError("Namespace.engine names a fact twice")
 
     def describe(self) -> dict[str, Any]:
         """Every field by name, flat, with the salt reduced to a short one-way tag: safe to store and to show."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry, block_keys
+from kvmarket.registry.records import RECORD
 from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport
 from kvmarket.staging import StagingPool
 from kvmarket.tensors import as_pages
@@ -28,6 +31,7 @@ from kvmarket.tensors import as_pages
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
+    from typing import Self
 
     from kvmarket.spec import KVCacheSpec
 
@@ -82,11 +86,11 @@ class Marketplace:
         self._staging = StagingPool()
         self._arena: ArenaPublisher | None = None
         self._running: set[asyncio.Future[Any]] = set()
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     # ---- life
 
-    async def __aenter__(self) -> Marketplace:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -95,10 +99,16 @@ class Marketplace:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Withdraw everything this process published and release all handles. Waits for running calls. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        """Withdraw everything this process published and release all handles. Waits for running calls. Idempotent.
+
+        Cancellation:
+            A cancelled call leaves at once; closing goes on by itself, and a second call waits for it.
+        """
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._shut_down())
+        await asyncio.shield(self._closing)
+
+    async def _shut_down(self) -> None:
         if self._running:
             await asyncio.wait(set(self._running))
         await asyncio.to_thread(self._close)
@@ -125,7 +135,11 @@ class Marketplace:
         return self._core.metrics.snapshot()
 
     def allocate(self, num_blocks: int) -> tuple[SharedMemory, np.ndarray]:
-        """Make shared memory for `num_blocks` pages that can be lent: returns it and its (num_blocks, page_bytes) view."""
+        """Make shared memory for `num_blocks` pages that can be lent; returns it and its (num_blocks, page_bytes) view.
+
+        Args:
+            num_blocks: at least 1.
+        """
         memory = SharedMemory(num_blocks * self._spec.page_bytes, "pages")
         return memory, memory.array.reshape(num_blocks, self._spec.page_bytes)
 
@@ -150,7 +164,7 @@ class Marketplace:
             DeadlineExceededError: the registry did not answer in time; the blocks may appear later.
             RegistryError: the registry refused.
         Cancellation:
-            `kv` may be reused only after the call is over; a cancelled call waits until it no longer reads `kv`.
+            `kv` may be reused when the call is over, however it ended; a cancelled call waits until nothing reads `kv`.
         """
         began = time.perf_counter()
         pages = as_pages(kv, self._spec)
@@ -159,17 +173,22 @@ class Marketplace:
             raise InvalidInputError(f"kv has {len(pages)} blocks for {len(hashes)} full blocks of tokens")
         keys = block_keys(hashes)
         deadline = Deadline(self._config.publish_deadline_s if deadline_s is None else deadline_s)
-        new = await self._run(self._writer, lambda: self._publish(keys, pages, deadline), deadline)
-        tokens_covered = len(hashes) * self._spec.block_size
-        nbytes = new * self._spec.page_bytes
-        return PublishReport(tokens_covered, len(hashes), new, nbytes, time.perf_counter() - began)
+        new = blocks = 0
+        if keys:
+            arena = self._arena
+            if arena is None:
+                arena = await self._run(self._writer, self._open_arena, deadline)
+            new, announced = await self._run(self._writer, partial(arena.put, keys, pages), deadline, borrowed=True)
+            if announced is not None:
+                await self._wait(asyncio.wrap_future(announced), deadline)
+            blocks = arena.offered(keys)
+        seconds = time.perf_counter() - began
+        return PublishReport(len(keys) * self._spec.block_size, blocks, new, new * self._spec.page_bytes, seconds)
 
-    def _publish(self, keys: list[bytes], pages: np.ndarray, deadline: Deadline) -> int:
-        if not keys:
-            return 0
+    def _open_arena(self) -> ArenaPublisher:
         if self._arena is None:
             self._arena = ArenaPublisher(self._core)
-        return self._arena.publish(keys, pages, deadline)
+        return self._arena
 
     async def withdraw(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
         """Take this process's blocks of a prefix back; returns how many. Peers stop adopting them at once."""
@@ -194,7 +213,7 @@ class Marketplace:
         """Say how much of a prefix is published, and why not more, without moving a byte."""
         began = time.perf_counter()
         keys = block_keys(self._hash(tokens, extra_keys))
-        found, reason, detail = await self._lookup(keys)
+        found, reason, detail = await self._lookup(keys, Deadline(self._config.fetch_deadline_s))
         owners = tuple(found.owners)
         missing = found.blocks if found.blocks < len(keys) else None
         matched = found.blocks * self._spec.block_size
@@ -216,7 +235,7 @@ class Marketplace:
             out: where to put the pages, a writable array or CPU tensor of at least one page per full block (see
                 `kvmarket.tensors.as_pages`); default: a buffer from a pool, which is reused when the result is gone.
             extra_keys: as for `publish`.
-            deadline_s: seconds; default `MarketConfig.fetch_deadline_s`. When it passes, what is proven by then is the hit.
+            deadline_s: seconds; default `MarketConfig.fetch_deadline_s`. When it passes, what is proven is the hit.
 
         Returns:
             The pages and a report. A miss is a result with no pages, and the report says why.
@@ -235,7 +254,7 @@ class Marketplace:
             raise InvalidInputError(f"out has {len(target)} blocks for {len(keys)} full blocks of tokens")
         deadline = Deadline(self._config.fetch_deadline_s if deadline_s is None else deadline_s)
         hashed = time.perf_counter()
-        found, reason, detail = await self._lookup(keys)
+        found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
         outcome = Outcome(reason=reason, detail=detail)
         if target is None:
@@ -249,34 +268,34 @@ class Marketplace:
         report = self._report(count, len(keys), found, outcome, stages)
         return FetchResult(target[: outcome.blocks], report)
 
-    async def _lookup(self, keys: list[bytes]) -> tuple[LookupResult, MissReason, str]:
+    async def _lookup(self, keys: list[bytes], deadline: Deadline) -> tuple[LookupResult, MissReason, str]:
         self._require_open()
+        nothing = LookupResult(0, 0, np.empty(0, RECORD))
         if not keys:
-            found = LookupResult(0, 0, np.empty(0))
-            return (
-                found,
-                MissReason.SHORT_PROMPT,
-                f"the prompt is shorter than one block of {self._spec.block_size} tokens",
-            )
+            detail = f"the prompt is shorter than one block of {self._spec.block_size} tokens"
+            return nothing, MissReason.SHORT_PROMPT, detail
         if self._core.registry.local:
             return self._core.fetcher.lookup(keys)
-        return await self._run(
-            self._readers, lambda: self._core.fetcher.lookup(keys), Deadline(self._config.fetch_deadline_s)
-        )
+        try:
+            return await self._run(self._readers, lambda: self._core.fetcher.lookup(keys), deadline)
+        except DeadlineExceededError as error:
+            return nothing, MissReason.DEADLINE, str(error)
 
     async def _read(self, found: LookupResult, target: np.ndarray, deadline: Deadline) -> Outcome:
         local, pages = PagedMemory.packed(target), np.arange(found.blocks)
+        fetcher = self._core.fetcher
         if found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
-            return self._core.fetcher.read(found, local, pages, deadline)
+            return fetcher.read(found, local, pages, deadline)
         try:
             async with asyncio.timeout(deadline.remaining_s):
                 await self._slots.acquire()
         except TimeoutError:
             return Outcome(reason=MissReason.DEADLINE, detail="too many fetches were running")
         try:
-            return await self._run(
-                self._readers, lambda: self._core.fetcher.read(found, local, pages, deadline), None, deadline
-            )
+            work = partial(fetcher.read, found, local, pages, deadline)
+            return await self._run(self._readers, work, deadline, borrowed=True)
+        except DeadlineExceededError as error:
+            return Outcome(reason=MissReason.DEADLINE, detail=str(error))
         finally:
             self._slots.release()
 
@@ -311,42 +330,57 @@ class Marketplace:
         )
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self._closing is not None:
             raise MarketClosedError("this marketplace is closed")
+        self._core.require_open()
 
     async def _run(
-        self, pool: ThreadPoolExecutor, work: Callable[[], T], limit: Deadline | None, cancel: Deadline | None = None
+        self, pool: ThreadPoolExecutor, work: Callable[[], T], limit: Deadline, *, borrowed: bool = False
     ) -> T:
-        """Run `work` on a thread. It is never abandoned while it may touch the caller's memory.
+        """Run `work` on a thread of `pool`.
 
         Args:
-            limit: raise `DeadlineExceededError` when it passes (the work goes on, and owns nothing of the caller's).
-            cancel: expire this deadline when the caller is cancelled, so that the work ends early.
+            pool: where.
+            work: what to call.
+            limit: raise `DeadlineExceededError` when it passes. Work that has not begun by then never will.
+            borrowed: `work` touches the caller's memory. Once it has begun it is waited for, whatever happens; it must
+                end soon after `limit` does, which a cancellation of the caller brings forward.
         """
         self._require_open()
-        future = asyncio.get_running_loop().run_in_executor(pool, work)
+        job = pool.submit(work)
+        future = asyncio.wrap_future(job)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         try:
-            done, _ = await asyncio.wait({future}, timeout=limit.remaining_s if limit else None)
+            await self._wait(future, limit, give_up=lambda: job.cancel() or not borrowed)
         except asyncio.CancelledError:
-            for deadline in (limit, cancel):
-                if deadline is not None:
-                    deadline.cancel()
-            await _drain(future)
+            limit.cancel()
+            if not job.cancel():
+                await _drain(future)
             raise
-        if not done:
-            future.add_done_callback(lambda f: f.cancelled() or f.exception())
-            raise DeadlineExceededError("the registry did not answer before the deadline")
         return future.result()
+
+    async def _wait(
+        self, future: asyncio.Future[Any], limit: Deadline, give_up: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Wait for `future`; raise its error, or `DeadlineExceededError` when `limit` passes and `give_up` agrees."""
+        future.add_done_callback(_retrieve)
+        await asyncio.wait({future}, timeout=limit.remaining_s)
+        if not future.done() and not give_up():
+            await asyncio.wait({future})
+        if not future.done():
+            raise DeadlineExceededError("not done before the deadline: the registry or the threads are busy")
+        future.result()
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Look at the result, so that asyncio does not report the error of a future that nobody waits for any more."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def _drain(future: asyncio.Future[Any]) -> None:
     """Wait for a future to end whatever happens, further cancellations included."""
     while not future.done():
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({future})
-        except asyncio.CancelledError:
-            continue
-    if not future.cancelled():
-        future.exception()

@@ -54,6 +54,7 @@ class Publisher:
         owner: OwnerInfo,
         region: LentRegion,
         metrics: Metrics,
+        *,
         with_digests: bool,
     ) -> None:
         self._digest = namespace.digest
@@ -80,13 +81,17 @@ class Publisher:
         Args:
             keys: registry keys, see `kvmarket.registry.block_keys`; blocks that are offered already are left alone.
             pages: the page of each.
-            wait: return a future of the number of blocks announced.
+            wait: return a future of the number of blocks announced; it cannot be cancelled.
         """
-        done: Future[int] | None = Future() if wait else None
+        done: Future[int] | None = None
+        if wait:
+            done = Future()
+            done.set_running_or_notify_cancel()
         with self._lock:
             if self._closed:
                 raise MarketClosedError("this marketplace is closed")
-            fresh = [(key, page) for key, page in zip(keys, pages, strict=True) if key not in self._page_of]
+            offered = dict(zip(keys, pages, strict=True))
+            fresh = [(key, page) for key, page in offered.items() if key not in self._page_of]
             numbers = self._region.page_numbers([page for _, page in fresh])
             for key, page in fresh:
                 previous = self._key_of.get(page)
@@ -96,6 +101,17 @@ class Publisher:
             generations = self._region.generations.validate(numbers)
             self._put(_Job([key for key, _ in fresh], numbers, generations, done))
         return done
+
+    def _take_back(self, job: _Job) -> None:
+        """Make pages whose announcement failed unreadable again, so that their blocks can be offered once more."""
+        if job.generations is None:
+            return
+        current = self._region.generations.values[job.pages] == job.generations
+        self._region.generations.invalidate(job.pages[current])
+        for page in job.pages[current].tolist():
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._page_of[key]
 
     def retract(self, pages: Sequence[int]) -> None:
         """Make `pages` unreadable before they are overwritten or freed. Pages that were not offered are fine."""
@@ -114,17 +130,30 @@ class Publisher:
     def forget_all(self, epoch: int | None = None) -> None:
         """Make every page unreadable and drop what was offered; `epoch` is the namespace's from now on."""
         with self._lock:
-            self._region.generations.invalidate(np.fromiter(self._key_of, np.int64, len(self._key_of)))
-            self._key_of.clear()
-            self._page_of.clear()
-            self._epoch = self._registry.epoch(self._digest) if epoch is None else epoch
+            self._drop_all()
+            self._epoch = self._epoch if epoch is None else epoch
+        if epoch is None:  # read when the pages are unreadable already: it may fail
+            self._epoch = self._registry.epoch(self._digest)
+
+    def notice_epoch(self) -> bool:
+        """Forget all if another process bumped the epoch, as far as a local registry tells; return whether it did."""
+        if not self._registry.local or self._registry.epoch(self._digest) == self._epoch:
+            return False
+        self._metrics.add(epochs_observed=1)
+        self.forget_all()
+        return True
+
+    def _drop_all(self) -> None:
+        self._region.generations.invalidate(np.fromiter(self._key_of, np.int64, len(self._key_of)))
+        self._key_of.clear()
+        self._page_of.clear()
 
     def flush(self, deadline: Deadline) -> None:
         """Wait until everything offered so far is announced. Raises `DeadlineExceededError`."""
         future = self.offer([], [], wait=True)
-        assert future is not None
         try:
-            future.result(deadline.remaining_s)
+            if future is not None:
+                future.result(deadline.remaining_s)
         except TimeoutError as error:
             raise DeadlineExceededError("the registry did not take the announcements in time") from error
 
@@ -134,7 +163,7 @@ class Publisher:
             if self._closed:
                 return
             self._closed = True
-            self._region.generations.invalidate(np.fromiter(self._key_of, np.int64, len(self._key_of)))
+            self._drop_all()
         while True:
             try:
                 self._queue.put_nowait(None)
@@ -156,6 +185,7 @@ class Publisher:
             self._queue.put_nowait(job)
         except queue.Full:
             self._metrics.add(announcements_dropped=len(job.keys))
+            self._take_back(job)
             if job.done is not None:
                 job.done.set_exception(DeadlineExceededError("too many announcements are waiting for the registry"))
 
@@ -194,6 +224,8 @@ class Publisher:
                     logger.warning("kvmarket: blocks are not announced: %s", error)
                 self._failed_before = True
                 for job in group:
+                    with self._lock:
+                        self._take_back(job)
                     if job.done is not None:
                         job.done.set_exception(error)
                 continue
@@ -205,6 +237,7 @@ class Publisher:
         keys = [key for job in jobs for key in job.keys]
         if not keys:
             return 0
+        epoch = self._epoch  # before the generations are looked at: who changes it invalidates them first
         pages = np.concatenate([job.pages for job in jobs])
         generations = np.concatenate([job.generations for job in jobs if job.generations is not None])
         digests = page_digests(self._region.pages, pages) if self._with_digests else None
@@ -216,9 +249,14 @@ class Publisher:
         records = make_records(self._owner.owner, self._region.region_id, pages[current], generations[current], digests)
         if not keys:
             return 0
-        if not self._registry.announce(self._digest, self._epoch, keys, records):
+        if not self._registry.announce(self._digest, epoch, keys, records):
             self._metrics.add(epochs_observed=1)
-            self.forget_all()
+            with self._lock:
+                overtaken = self._epoch == epoch  # else this process bumped it, and what it offered since then is good
+                if overtaken:
+                    self._drop_all()
+            if overtaken:
+                self._epoch = self._registry.epoch(self._digest)
             return 0
         self._metrics.add(blocks_announced=len(keys))
         return len(keys)

@@ -19,6 +19,7 @@ DTYPE_BYTES = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
 }
+SIZE_MAX = 2**31 - 1
 _POSITIVE = ("num_layers", "num_kv_heads", "head_size", "block_size", "tp_size", "pp_size")
 _RANKS = (("tp_rank", "tp_size"), ("pp_rank", "pp_size"))
 _TEXTS = ("layout", "quantization", "packing")
@@ -58,16 +59,18 @@ class KVCacheSpec:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidInputError(f"KVCacheSpec.{name} must be a positive integer, not {value!r}")
+            if type(value) is not int or not 1 <= value <= SIZE_MAX:
+                raise InvalidInputError(f"KVCacheSpec.{name} must be an integer within [1, {SIZE_MAX}], not {value!r}")
         for rank, size in _RANKS:
             value = getattr(self, rank)
-            if not isinstance(value, int) or not 0 <= value < getattr(self, size):
-                raise InvalidInputError(f"KVCacheSpec.{rank} must be in [0, {size}), not {value!r}")
+            if type(value) is not int or not 0 <= value < getattr(self, size):
+                raise InvalidInputError(f"KVCacheSpec.{rank} must be an integer in [0, {size}), not {value!r}")
+        if type(self.kv_split) is not bool:
+            raise InvalidInputError(f"KVCacheSpec.kv_split must be True or False, not {self.kv_split!r}")
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise InvalidInputError(f"KVCacheSpec.{name} must be text, not {getattr(self, name)!r}")
-        if self.dtype not in DTYPE_BYTES:
+        if self.dtype not in tuple(DTYPE_BYTES):  # a tuple: what came in may not be hashable
             known = ", ".join(sorted(DTYPE_BYTES))
             raise InvalidInputError(f"KVCacheSpec.dtype {self.dtype!r} is not one of: {known}")
 

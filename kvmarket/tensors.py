@@ -1,4 +1,4 @@
-"""Callers' arrays and tensors as raw pages, without importing torch: shape, dtype and device are checked here, by name."""
+"""Callers' arrays and tensors as raw pages, without importing torch: shape, dtype and device are checked here."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def as_pages(kv: Any, spec: KVCacheSpec, *, writable: bool = False, what: str = 
     """View `kv` as a C-contiguous (num_blocks, page_bytes) uint8 array; nothing is copied.
 
     Args:
+        spec: what a page is.
         kv: a numpy array or CPU torch tensor whose first axis is blocks; either uint8 of (num_blocks, page_bytes), or
             the spec's dtype with `page_bytes` bytes per block in any further shape.
         writable: the memory will be written to.
@@ -29,25 +30,26 @@ def as_pages(kv: Any, spec: KVCacheSpec, *, writable: bool = False, what: str = 
     if torch is not None and isinstance(kv, torch.Tensor):
         if kv.device.type != "cpu":
             raise InvalidInputError(f"{what} is on {kv.device}; only host memory can be used with this transport")
-        dtype = str(kv.dtype).removeprefix("torch.")
-        if not kv.is_contiguous():
-            raise InvalidInputError(f"{what} must be contiguous; call .contiguous() first")
-        array = kv.detach().view(torch.uint8).numpy() if kv.dim() else kv.detach().numpy()
+        dtype, contiguous = str(kv.dtype).removeprefix("torch."), kv.is_contiguous()
+        raw = torch.uint8
     elif isinstance(kv, np.ndarray):
-        dtype = kv.dtype.name
-        if not kv.flags.c_contiguous:
-            raise InvalidInputError(f"{what} must be C-contiguous")
-        array = kv.view(np.uint8) if kv.ndim else kv
+        dtype, contiguous = kv.dtype.name, kv.flags.c_contiguous
+        raw = np.uint8
+        if not kv.dtype.isnative:
+            raise InvalidInputError(f"{what} is not in this machine's byte order")
     else:
         raise InvalidInputError(f"{what} must be a numpy array or a torch tensor, not {type(kv).__name__}")
-    if dtype not in (spec.dtype, "uint8"):
+    if dtype not in {spec.dtype, "uint8"}:
         raise InvalidInputError(f"{what} has dtype {dtype}, expected {spec.dtype} (or raw bytes as uint8)")
+    if not contiguous:
+        raise InvalidInputError(f"{what} must be C-contiguous; call .contiguous() or numpy.ascontiguousarray first")
     blocks = kv.shape[0] if len(kv.shape) else 0
-    if len(kv.shape) < 2 or array.nbytes != blocks * spec.page_bytes:
-        found = f"shape {tuple(kv.shape)} with {array.nbytes} bytes"
+    if len(kv.shape) <= 1 or kv.nbytes != blocks * spec.page_bytes:
         raise InvalidInputError(
-            f"{what} has {found}, expected (num_blocks, ...) with {spec.page_bytes} bytes per block"
+            f"{what} has shape {tuple(kv.shape)} with {kv.nbytes} bytes, "
+            f"expected (num_blocks, ...) with {spec.page_bytes} bytes per block"
         )
+    array: np.ndarray = kv.view(raw) if isinstance(kv, np.ndarray) else kv.detach().view(raw).numpy()
     if writable and not array.flags.writeable:
         raise InvalidInputError(f"{what} is read-only")
     return array.reshape(blocks, spec.page_bytes)

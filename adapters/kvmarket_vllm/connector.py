@@ -53,11 +53,14 @@ class KVMarketConnector(KVConnectorBase_V1):
         if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
             transfer.kv_load_failure_policy = "recompute"
             logger.info("kvmarket: kv_load_failure_policy is now 'recompute': a block that cannot be fetched is computed")
-        if refusal := unsupported(vllm_config, kv_cache_config):
-            logger.warning("kvmarket publishes and fetches nothing: %s", refusal)
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size if not refusal else 1
+        supported = not unsupported(vllm_config, kv_cache_config)  # if not, the workers' facts say so, and that is logged
+        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size if supported else 1
         self._scheduler = SchedulerRole(
-            vllm_config, config, block_size, fetches=transfer.is_kv_consumer, publishes=transfer.is_kv_producer
+            vllm_config,
+            config,
+            block_size,
+            fetches=supported and transfer.is_kv_consumer,
+            publishes=supported and transfer.is_kv_producer,
         )
 
     # ---- what kind of connector this is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 
 from kvmarket.errors import InvalidInputError
 from kvmarket.region import PagedMemory, PageLayout, Segment, SharedMemory
+
+RUNS_MAX = 512
+"""Runs of bytes per block and layer: K and V of every head may lie apart, single rows may not."""
 
 
 def paged_memory(
@@ -83,19 +87,25 @@ def _runs_of_block(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[li
         raise InvalidInputError(f"layer {name}: no axis of {shape} has {num_blocks} blocks")
     axis = candidates[0]
     outer = [i for i in range(len(shape)) if i != axis and strides[i] > strides[axis] and shape[i] > 1]
-    inner = sorted((i for i in range(len(shape)) if i != axis and i not in outer and shape[i] > 1), key=lambda i: -strides[i])
-    expected = 1
-    for i in reversed(inner):
-        if strides[i] != expected:
-            raise InvalidInputError(f"layer {name}: a block of shape {shape} and strides {strides} has gaps")
-        expected *= shape[i]
-    if kernel_blocks > 1 and strides[axis] != expected:
+    rest = (i for i in range(len(shape)) if i != axis and i not in outer and shape[i] > 1)
+    inner = sorted(rest, key=lambda i: -strides[i])
+    length, first = 1, len(inner)  # a run is made of the axes inner[first:], which lie in memory without a gap
+    while first and strides[inner[first - 1]] == length:
+        first -= 1
+        length *= shape[inner[first]]
+    apart = [*outer, *inner[:first]]
+    count = prod(shape[i] for i in apart)
+    if count > RUNS_MAX or any(strides[i] < length for i in apart):
+        raise InvalidInputError(
+            f"layer {name}: a block of shape {shape} and strides {strides} is scattered over {count} runs"
+        )
+    if kernel_blocks > 1 and (first or strides[axis] != length):
         raise InvalidInputError(f"layer {name}: the {kernel_blocks} kernel blocks of a block are not adjacent")
-    nbytes = expected * kernel_blocks * itemsize
+    nbytes = length * kernel_blocks * itemsize
     stride = strides[axis] * kernel_blocks * itemsize
     runs = [
-        (sum(index * strides[i] for index, i in zip(indices, outer, strict=True)) * itemsize, stride, nbytes)
-        for indices in product(*(range(shape[i]) for i in outer))
+        (sum(index * strides[i] for index, i in zip(indices, apart, strict=True)) * itemsize, stride, nbytes)
+        for indices in product(*(range(shape[i]) for i in apart))
     ]
     order = f"axes={len(shape)},block={axis},outer={[shape[i] for i in outer]},inner={[(i, shape[i]) for i in inner]}"
     return runs, order if kernel_blocks == 1 else f"{order},split={kernel_blocks}"

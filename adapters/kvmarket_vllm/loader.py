@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -104,7 +105,8 @@ class Loader:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Finish what is queued, at most a second."""
-        self._queue.put(None)
+        """Finish what is queued, within seconds."""
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=1.0)
         self._thread.join(1.0)
 

@@ -24,6 +24,7 @@ class Offers:
         self._pool: Any = None
         self._hash_map: Any = None
         self._offered: dict[int, bytes] = {}
+        self._void: set[int] = set()
         self._tables: dict[str, list[int]] = {}
         self._seen: dict[str, int] = {}
 
@@ -40,11 +41,19 @@ class Offers:
         return True
 
     def clear(self) -> None:
-        """Forget all offers; running requests offer their blocks again only if those are computed again."""
+        """Forget all offers, because vLLM's own prefix cache was emptied."""
+        self._offered.clear()
+        self._void.clear()
+        self._void.update(*self._tables.values())
+
+    def void(self) -> None:
+        """Never again offer what blocks hold now, nor what is computed from it; vLLM may still have it cached."""
+        self._void.update(self._offered, *self._tables.values())
         self._offered.clear()
 
     def take_back(self, block_ids: Iterable[int]) -> list[int]:
-        """Return those of `block_ids` that are offered, and no longer count them as such."""
+        """Return those of `block_ids`, which get new content, that are offered, and no longer count them as such."""
+        self._void.difference_update(block_ids := list(block_ids))
         return [block for block in block_ids if self._offered.pop(block, None) is not None]
 
     def forget_request(self, request_id: str) -> None:
@@ -88,8 +97,12 @@ class Offers:
         request_id, hashes = request.request_id, request.block_hashes
         table = self._tables.get(request_id, [])
         end = min(num_tokens // self._block_size, len(hashes), len(table))
+        if table and table[0] in self._void:
+            return
         for index in range(self._seen.get(request_id, 0), end):
             block = table[index]
+            if block in self._void:
+                return  # and so is all that follows
             if self._pool.blocks[block].block_hash != bytes(hashes[index]) + GROUP_SUFFIX:
                 return  # not final after this step (speculation, sampling under way): look again in the next one
             key = block_key(hashes, index)

@@ -38,6 +38,11 @@ class Opening(Generic[T]):
         """Return it if it is there. Never waits."""
         return self._made
 
+    @property
+    def failed(self) -> bool:
+        """True when there will never be anything to get."""
+        return self._made is None and not self._thread.is_alive()
+
     def finish(self, timeout_s: float) -> T | None:
         """Wait for the outcome, for shutting down."""
         self._thread.join(timeout_s)

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
-from kvmarket.errors import KVMarketError
+from kvmarket.errors import KVMarketError, RegistryError
 from kvmarket.registry import LookupResult
 from kvmarket.registry.records import block_key, block_keys
 from kvmarket_vllm.identity import hash_algorithm, hash_root, namespace
@@ -43,6 +43,7 @@ class SchedulerRole:
         self._algorithm = hash_algorithm(vllm_config)
         self._facts: dict[Rank, WorkerFacts] = {}
         self._root = b""
+        self._epochs: dict[Rank, int] = {}
         self._opening: Opening[dict[Rank, MarketCore]] | None = None
         self._requests: dict[str, Any] = {}
         self._matches: dict[str, _Match] = {}
@@ -149,6 +150,9 @@ class SchedulerRole:
         self._cores()
         plan, self._plan = self._plan, StepPlan()
         plan.root = self._root
+        if self._epoch_moved():
+            plan.forget = True
+            self._offers.void()
         if self._offers.pool_was_reset():
             plan.forget = True
             self._offers.clear()
@@ -158,12 +162,25 @@ class SchedulerRole:
             self._forget_request(request_id)
         return plan
 
+    def _epoch_moved(self) -> bool:
+        """Tell whether the namespace was told to forget, by this replica or another, since the last step."""
+        try:
+            epochs = {rank: core.registry.epoch(core.namespace.digest) for rank, core in (self._cores() or {}).items()}
+        except RegistryError:
+            return False  # nothing is found or announced without it either
+        before, self._epochs = self._epochs, epochs
+        return bool(before) and before != epochs
+
     def finished_loading(self, request_ids: set[str], invalid_block_ids: set[int]) -> None:
-        """Learn which loads are over, and which of them failed: those requests are never asked about again."""
-        for request_id in request_ids:
-            _, targets = self._loading.pop(request_id, (b"", set()))
-            if targets & invalid_block_ids:
+        """Learn which loads are over, and which of them failed: those requests are never asked about again.
+
+        With several ranks, the blocks that one of them could not load may be known before the others are done.
+        """
+        for request_id, (_, targets) in self._loading.items():
+            if targets & invalid_block_ids and request_id in self._requests:
                 self._failed.add(request_id)
+        for request_id in request_ids:
+            self._loading.pop(request_id, None)
 
     def request_finished(self, request: Any) -> None:
         """Drop what is pending for a request. Its blocks stay offered until vLLM reuses them."""
@@ -181,9 +198,9 @@ class SchedulerRole:
         """Make all processes of the namespace forget everything (weights changed)."""
         cores = self._cores()
         self._plan.forget = True
-        self._offers.clear()
-        if cores is None:
-            return self._opening is None  # nothing was ever published; or the registry does not answer
+        self._offers.void()
+        if cores is None:  # nothing was ever published or adopted, nor will it be; unless the registry is only slow
+            return self._opening is None or self._opening.failed
         try:
             for core in cores.values():
                 core.bump_epoch()

@@ -80,9 +80,7 @@ class WorkerRole:
         except (InvalidInputError, OSError) as error:
             self._facts = self._refuse(str(error))
         self._allocation.keep_only(self._shared)
-        if self._facts.refusal:
-            logger.warning("kvmarket publishes and fetches nothing: %s", self._facts.refusal)
-        elif not self._shared:
+        if not self._facts.refusal and not self._shared:  # a refusal is the scheduler's to log, once for all ranks
             logger.warning(
                 "kvmarket: this vLLM allocates its KV cache in private memory: this replica fetches from peers, but "
                 "only replicas of its own process can fetch from it"

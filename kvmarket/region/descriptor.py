@@ -1,4 +1,4 @@
-"""What a reader must know of a region to read it: where its pages and generations are, and what to check them against."""
+"""What a reader must know of a region to read it: where its pages and generations are, and how to check them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,8 @@ class RegionDescriptor:
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
             )
+            if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
+                raise ValueError("a memory without bytes")  # noqa: TRY301 - one translation for every malformed field
             if memories:
                 layout.check([memory.nbytes for memory in descriptor.memories])
         except (KeyError, TypeError, ValueError, InvalidInputError) as error:

@@ -1,8 +1,8 @@
 """One 64-bit counter per page, in shared memory: what makes reading a peer's live memory safe.
 
 A page is readable while its generation is even and non-zero. Its owner makes the generation odd *before* it overwrites
-or frees the page, and even again, and larger, when the page holds published bytes. A reader compares the generation with
-the announced one before and after its copy: a seqlock.
+or frees the page, and even again, and larger, when the page holds published bytes. A reader compares the generation
+with the announced one before and after its copy: a seqlock.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ INCARNATION_BYTES = 16
 def memory_fence() -> None:
     """Order every load and store before this call before every one after it.
 
-    x86 keeps loads in order and stores in order by itself, so the compiler barrier of the call would do; weaker machines
-    need a fence. Releasing one lock and acquiring it again is one in every memory model CPython runs on.
+    x86 keeps loads in order and stores in order by itself, so the compiler barrier of the call would do; weaker
+    machines need a fence. Releasing one lock and acquiring it again is one in every memory model CPython runs on.
     """
     lock = threading.Lock()
     with lock:
@@ -53,7 +53,7 @@ class GenerationTable:
     def validate(self, pages: np.ndarray) -> np.ndarray:
         """Make `pages` readable, under new generations that are returned. Their bytes must be final."""
         memory_fence()
-        fresh = (self.values[pages] | np.uint64(1)) + np.uint64(1)
+        fresh: np.ndarray = (self.values[pages] | np.uint64(1)) + np.uint64(1)
         self.values[pages] = fresh
         return fresh
 
@@ -82,5 +82,13 @@ class PeerGenerations:
 
 
 def readable(values: np.ndarray, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
-    """Return a (n,) bool array: which `pages` are, right now, at the announced `generations` and readable."""
-    return (values[pages] == generations) & (generations & np.uint64(1) == 0) & (generations != 0)
+    """Return a (n,) bool array: which `pages` are, right now, at the announced `generations` and readable.
+
+    Pages that the table does not have are not readable: a registry holds hints, and hints may be nonsense.
+    """
+    known = (pages >= 0) & (pages < len(values))
+    if not known.all():
+        pages = np.where(known, pages, 0)
+    published = (generations & np.uint64(1) == 0) & (generations != 0)
+    fresh: np.ndarray = known & published & (values[pages] == generations)
+    return fresh

@@ -7,7 +7,6 @@ A peer of the same user opens it through ``/proc/<pid>/fd/<fd>`` and checks that
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
@@ -19,12 +18,10 @@ from typing import Any
 import numpy as np
 
 from kvmarket.errors import InvalidInputError, PeerGoneError, RegistrationError, TransportUnavailableError
+from kvmarket.region.mapping import HUGE_PAGE, allow_huge_pages, map_shared, populate
 
-HUGE_PAGE = 2 << 20
 POPULATE_BYTES_MAX = 64 << 30
 """Larger memories are entered into the page table as they are touched, not ahead."""
-_POPULATE_STEP_BYTES = 32 << 20
-_MADV_POPULATE = {False: 22, True: 23}  # MADV_POPULATE_READ, MADV_POPULATE_WRITE: Linux 5.14, not yet in `mmap`
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -43,7 +40,11 @@ class MemoryAddress:
 
 
 class SharedMemory:
-    """A sealed memfd of this process, mapped read-write. `array` is its bytes; close it when nobody reads it any more."""
+    """A sealed memfd of this process, mapped read-write; close it when nobody reads it any more.
+
+    Attributes:
+        array: its bytes, (nbytes,) uint8.
+    """
 
     def __init__(self, nbytes: int, label: str = "region") -> None:
         if nbytes < 1:
@@ -52,14 +53,12 @@ class SharedMemory:
         try:
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(fd, nbytes)
+            self.array: np.ndarray = map_shared(fd, nbytes, writable=True)
         except OSError as error:
             os.close(fd)
             raise RegistrationError(f"cannot make {nbytes} bytes of shared memory: {error}") from error
-        with contextlib.suppress(OSError):  # a kernel without huge shared pages just says no
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        allow_huge_pages(self.array)
         self._fd, self._nbytes, self._inode, self._pid = fd, nbytes, os.fstat(fd).st_ino, os.getpid()
-        self.array: np.ndarray = np.frombuffer(self._map, np.uint8)
 
     @property
     def address(self) -> MemoryAddress:
@@ -92,7 +91,7 @@ def map_peer_memory(address: MemoryAddress) -> np.ndarray:
     path = f"/proc/{address.pid}/fd/{address.fd}"
     peer = f"pid {address.pid}"
     try:
-        if not os.readlink(path).startswith("/memfd:kvmarket:"):
+        if not os.readlink(path).startswith("/memfd:kvmarket:"):  # noqa: PTH115 - a magic link: text, not a path
             raise PeerGoneError(f"{path} is not kvmarket's memory", scheme="shm", peer=peer)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, ProcessLookupError) as error:
@@ -100,32 +99,27 @@ def map_peer_memory(address: MemoryAddress) -> np.ndarray:
     except PermissionError as error:
         why = f"not allowed to open {path}: both processes must run as one user, with ptrace read access"
         raise TransportUnavailableError(why, scheme="shm", peer=peer) from error
+    except OSError as error:
+        raise TransportUnavailableError(f"cannot open {path}: {error}", scheme="shm", peer=peer) from error
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_ino != address.inode or info.st_size != address.nbytes:
             raise PeerGoneError(f"{path} is another file by now", scheme="shm", peer=peer)
-        mapping = mmap.mmap(fd, address.nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        array = np.frombuffer(mapping, np.uint8)
+        array = map_shared(fd, address.nbytes, writable=False)
         _populate_on_thread(array, write=False)
         return array
+    except OSError as error:  # no memory or no descriptors left here
+        raise TransportUnavailableError(f"cannot map {path}: {error}", scheme="shm", peer=peer) from error
     finally:
         os.close(fd)
 
 
 def _populate_on_thread(array: np.ndarray, *, write: bool) -> None:
-    """Enter the pages of a mapping into the page table, without keeping anybody waiting; older kernels just say no."""
-    if len(array) > POPULATE_BYTES_MAX:
-        return
-    advice = _MADV_POPULATE[write]
-
-    def run() -> None:
-        madvise = ctypes.CDLL(None, use_errno=True).madvise  # not mmap.madvise: that one keeps the GIL
-        for start in range(0, len(array), _POPULATE_STEP_BYTES):
-            step = min(_POPULATE_STEP_BYTES, len(array) - start)
-            if madvise(ctypes.c_void_p(array.ctypes.data + start), ctypes.c_size_t(step), advice):
-                return
-
-    threading.Thread(target=run, name="kvmarket-populate", daemon=True).start()
+    """Provide the pages of a mapping without keeping anybody waiting."""
+    if len(array) <= POPULATE_BYTES_MAX:
+        threading.Thread(
+            target=populate, args=(array,), kwargs={"write": write}, name="kvmarket-populate", daemon=True
+        ).start()
 
 
 def private_huge_pages(nbytes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The registry interface. Calls are synchronous and thread-safe; a `local` registry never waits for anybody.
 
-A registry holds *hints*: what is true is the generation at the owner. It must never invent a record, never return one of
-an owner that is not alive, and never return one across namespaces or epochs.
+A registry holds *hints*: what is true is the generation at the owner. It must never invent a record, never return one
+of an owner that is not alive, and never return one across namespaces or epochs.
 """
 
 from __future__ import annotations

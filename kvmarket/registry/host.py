@@ -23,12 +23,22 @@ def boot_id() -> str:
 
 def pid_namespace() -> int:
     """Return the identity of this process's PID namespace."""
-    return os.stat("/proc/self/ns/pid").st_ino
+    return Path("/proc/self/ns/pid").stat().st_ino
 
 
 def this_process(owner: int, incarnation: bytes) -> OwnerInfo:
     """Describe this process as owner number `owner`."""
     return OwnerInfo(owner, incarnation, os.getpid(), pid_namespace(), boot_id(), socket.gethostname())
+
+
+def lock_holder(fd: int) -> int | None:
+    """Return the process that holds a lock on an open file, or None; 0 for one of another PID namespace.
+
+    Locks of this very process do not count.
+    """
+    query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
+    return int(pid) if kind != fcntl.F_UNLCK else None
 
 
 class OwnerLocks:
@@ -51,11 +61,14 @@ class OwnerLocks:
         """Hold the lock of `owner` until `release` or the end of this process."""
         path = self._path(owner)
         draft = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        fd = -1
         try:
             fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(draft, path)  # appears locked: nobody ever sees a live owner's file unlocked
+            draft.rename(path)  # appears locked: nobody ever sees a live owner's file unlocked
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)
             raise RegistryUnavailableError(f"cannot lock {path}: {error}") from error
         with self._mutex:
             self._held[owner] = (os.getpid(), fd)
@@ -74,19 +87,23 @@ class OwnerLocks:
             self._path(owner).unlink()
 
     def alive(self, owner: int) -> bool:
-        """Tell whether the process that holds `owner`'s lock still runs. Takes no lock itself."""
+        """Tell whether the process that holds `owner`'s lock still runs. Takes no lock itself.
+
+        Raises:
+            RegistryUnavailableError: it cannot be told, e.g. without a free file descriptor. That is no proof of death.
+        """
         with self._mutex:
             held = self._held.get(owner)
         if held is not None and held[0] == os.getpid():
             return True
         try:
             fd = os.open(self._path(owner), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError as error:
+            raise RegistryUnavailableError(f"cannot tell whether owner {owner} is alive: {error}") from error
         try:
-            query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
-            return bool(answer[0] != fcntl.F_UNLCK)
+            return lock_holder(fd) is not None
         finally:
             os.close(fd)
 
@@ -97,7 +114,7 @@ class OwnerLocks:
     def remove_drafts(self) -> None:
         """Remove files that a process killed inside `acquire` left behind."""
         for path in self._directory.glob("*.tmp"):
-            parts = path.name.split(".")
-            if len(parts) > 2 and parts[1].isdigit() and not Path(f"/proc/{parts[1]}").exists():
+            _owner, pid, *_ = (*path.name.split("."), "")
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()

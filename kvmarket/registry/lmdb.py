@@ -16,6 +16,7 @@ later.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from kvmarket.registry.records import (
     HEAD_BYTES,
     RECORD,
     BlockRecords,
+    blocks_to_run_end,
     decode_records,
     encode_records,
     pack,
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
 
-LOOKUP_BATCH = 128
 SWEEP_KEYS_MAX = 20_000
 """Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""
 OWNERS_CACHED_MAX = 4096
@@ -221,12 +222,14 @@ class LmdbRegistry(Registry):
             records = decode_records(blocks, values)
             owners = {owner: self._owner(txn, owner) for owner in np.unique(records["owner"]).tolist()}
         living = {owner: info for owner, info in owners.items() if info is not None and self.alive(owner)}
-        complete = _run_length(records["block"], len(keys))
+        run = complete = _run_length(records["block"])
         if len(living) < len(owners):
             records = records[np.isin(records["owner"], list(living))]
-        run = _run_length(records["block"], len(keys))
+            run = _run_length(records["block"])
+        if len(records) and int(records["block"][-1]) >= run:
+            records = records[records["block"] < run]
         ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
-        return LookupResult(epoch, run, records[records["block"] < run], ended, living)
+        return LookupResult(epoch, run, records, ended, living)
 
     # ---- upkeep
 
@@ -316,30 +319,46 @@ class LmdbRegistry(Registry):
 
 
 def _collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
-    """Read the records of `keys` up to the first that has none, a batch at a time."""
-    for start in range(0, len(keys), LOOKUP_BATCH):
-        wanted = [prefix + key for key in keys[start : start + LOOKUP_BATCH]]
-        found = cursor.getmulti(wanted, dupdata=True)
-        if [key for key, _ in found] == wanted:  # one owner each: the common case, compared in C
-            blocks.extend(range(start, start + len(wanted)))
-            values.extend(value for _, value in found)
-            continue
-        by_key: dict[bytes, list[bytes]] = {}
-        for key, value in found:
-            by_key.setdefault(key, []).append(value)
-        for offset, key in enumerate(wanted):
-            if key not in by_key:
-                return
-            blocks.extend([start + offset] * len(by_key[key]))
-            values.extend(by_key[key])
+    """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
+
+    Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
+    the blocks asked for (several owners, a fork of the prefix, the end), the run is looked up block by block.
+    """
+    start = 0
+    while start < len(keys):
+        end = min(start + blocks_to_run_end(keys[start]), len(keys))
+        wanted = [prefix + key for key in keys[start:end]]
+        if not cursor.set_key(wanted[0]):
+            return
+        found = list(islice(cursor.iternext(keys=True, values=True), len(wanted)))
+        if [key for key, _ in found] == wanted:  # compared in C
+            blocks.extend(range(start, end))
+            values.extend([value for _, value in found])
+        elif not _collect_one_by_one(cursor, wanted, start, blocks, values):
+            return
+        start = end
 
 
-def _run_length(blocks: np.ndarray, asked: int) -> int:
+def _collect_one_by_one(
+    cursor: Cursor, wanted: list[bytes], start: int, blocks: list[int], values: list[bytes]
+) -> bool:
+    """Look up blocks `start`, `start` + 1, ... up to the first that has no record; tell whether all have one."""
+    by_key: dict[bytes, list[bytes]] = {}
+    for key, value in cursor.getmulti(wanted, dupdata=True):
+        by_key.setdefault(key, []).append(value)
+    for block, key in enumerate(wanted, start):
+        if key not in by_key:
+            return False
+        blocks.extend([block] * len(by_key[key]))
+        values.extend(by_key[key])
+    return True
+
+
+def _run_length(blocks: np.ndarray) -> int:
     """Return how many of blocks 0, 1, 2, ... are present in the sorted `blocks`."""
-    if len(blocks) == asked and asked and int(blocks[-1]) == asked - 1:
-        present = np.unique(blocks) if (np.diff(blocks) != 1).any() else blocks
-    else:
-        present = np.unique(blocks)
+    if len(blocks) and int(blocks[-1]) + 1 == len(blocks) and bool((np.diff(blocks) == 1).all()):
+        return len(blocks)  # one record each
+    present = np.unique(blocks)
     gaps = np.flatnonzero(present != np.arange(len(present)))
     return int(gaps[0]) if len(gaps) else len(present)
 

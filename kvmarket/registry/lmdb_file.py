@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lmdb
 
-from kvmarket.errors import ConfigError, RegistryFullError, RegistryProtocolError, RegistryUnavailableError
-from kvmarket.registry.host import OwnerLocks
+from kvmarket.errors import (
+    ConfigError,
+    RegistryError,
+    RegistryFullError,
+    RegistryProtocolError,
+    RegistryUnavailableError,
+)
+from kvmarket.registry.host import OwnerLocks, lock_holder
 from kvmarket.registry.records import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Transaction = Any
+"""An `lmdb.Transaction`. The stubs say ``bytes | memoryview`` for all data; without buffers, as here, it is bytes."""
+
 FILE_NAME = "registry.lmdb"
+TURN_NAME = "registry.turn"
+WRITE_WAIT_S = 3.0
+"""How long a writer waits for the others before it gives up."""
 READERS_MAX = 1024
+_DAMAGE = (
+    lmdb.InvalidError,
+    lmdb.CorruptedError,
+    lmdb.VersionMismatchError,
+    lmdb.PageNotFoundError,
+    lmdb.IncompatibleError,
+)
 _SORTED = ("blocks", "runs")
 _PLAIN = ("meta", "owners", "regions", "namespaces", "retired")
 
@@ -29,11 +50,14 @@ def translated(path: Path) -> Iterator[None]:
     """Turn lmdb's errors into ours, once."""
     try:
         yield
+    except RegistryError:  # some of ours are OSErrors, too
+        raise
     except lmdb.MapFullError as error:
         raise RegistryFullError(f"{path} is full; raise KVMARKET_REGISTRY_BYTES") from error
-    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError) as error:
+    except _DAMAGE as error:
         raise RegistryProtocolError(
-            f"{path} is damaged or not a registry ({error}); stop the processes that use it and remove it: it is only a cache"
+            f"{path} is damaged or not a registry ({error}); "
+            "stop the processes that use it and remove it: it is only a cache"
         ) from error
     except (lmdb.Error, OSError) as error:
         raise RegistryUnavailableError(f"{path}: {error}") from error
@@ -41,42 +65,147 @@ def translated(path: Path) -> Iterator[None]:
 
 @dataclass
 class RegistryFile:
-    """One open registry file. lmdb allows one open environment per file and process, so it is shared and counted."""
+    """One open registry file. lmdb allows one open environment per file and process, so it is shared and counted.
+
+    lmdb's own write lock waits without end, for a process that is stopped as well; so writers first take a `turn`, a
+    lock on a file of ours that is waited for no longer than `WRITE_WAIT_S`.
+    """
 
     path: Path
     env: lmdb.Environment
     locks: OwnerLocks
-    tables: dict[str, object]
+    turn: int
+    tables: dict[str, Any] = field(default_factory=dict)
     users: int = 0
     writing: threading.Lock = field(default_factory=threading.Lock)
+    _idle: threading.Condition = field(default_factory=threading.Condition)
+    _active: int = 0
+    _paused: bool = False
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[lmdb.Transaction]:
-        """A read transaction: a snapshot, taken without a lock."""
-        with translated(self.path):
+    def read(self) -> Iterator[Transaction]:
+        """A read transaction: a snapshot, taken without a lock that other processes know of."""
+        with translated(self.path), self._transaction(write=False) as txn:
+            yield txn
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Transaction]:
+        """A write transaction: one at a time on this host; committed unless the block raises.
+
+        Raises:
+            RegistryUnavailableError: other writers had the turn for all of `WRITE_WAIT_S`.
+        """
+        with self._turn(), translated(self.path), self._transaction(write=True) as txn:
+            yield txn
+
+    @contextlib.contextmanager
+    def _transaction(self, *, write: bool) -> Iterator[Transaction]:
+        with self._idle:
             try:
-                txn = self.env.begin(buffers=False)
+                txn = self.env.begin(write=write, buffers=False)
             except lmdb.MapResizedError:  # another process opened it with a larger limit
-                self.env.set_mapsize(0)
-                txn = self.env.begin(buffers=False)
+                self._grow()
+                txn = self.env.begin(write=write, buffers=False)
+            self._active += 1
+        try:
             with txn:
                 yield txn
+        finally:
+            with self._idle:
+                self._active -= 1
+                self._idle.notify_all()
+
+    def _grow(self) -> None:
+        """Map what others made longer. lmdb moves the map, so no transaction of this process may be open."""
+        if not self._idle.wait_for(lambda: self._active == 0, WRITE_WAIT_S):
+            raise RegistryUnavailableError(f"{self.path} grew, and a transaction of this process does not end")
+        self.env.set_mapsize(0)
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction: one at a time on this host; committed unless the block raises."""
-        with self.writing, translated(self.path):
+    def _turn(self) -> Iterator[None]:
+        end = time.monotonic() + WRITE_WAIT_S
+        if not self.writing.acquire(timeout=WRITE_WAIT_S):
+            raise RegistryUnavailableError(f"{self.path}: other threads kept writing for {WRITE_WAIT_S:g} s")
+        try:
+            pause_s = 50e-6
+            while not self._take_turn():
+                if time.monotonic() >= end:
+                    raise RegistryUnavailableError(f"{self.path}: {self._holder()} for {WRITE_WAIT_S:g} s")
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 2e-3)
             try:
-                txn = self.env.begin(write=True)
-            except lmdb.MapResizedError:
-                self.env.set_mapsize(0)
-                txn = self.env.begin(write=True)
-            with txn:
-                yield txn
+                yield
+            finally:
+                fcntl.lockf(self.turn, fcntl.LOCK_UN)
+        finally:
+            self.writing.release()
+
+    def _take_turn(self) -> bool:
+        if self.turn < 0:
+            raise RegistryUnavailableError(f"{self.path} was closed by this process")
+        try:
+            fcntl.lockf(self.turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows both for "somebody else holds it"
+            return False
+        return True
+
+    def _holder(self) -> str:
+        holder = lock_holder(self.turn)
+        return "other processes kept the write lock busy" if holder is None else f"process {holder} held the write lock"
+
+    def close(self) -> None:
+        """Close the file, unless a thread is writing and does not end: then it stays open with this process."""
+        if self.writing.acquire(timeout=WRITE_WAIT_S):
+            try:
+                self._close()
+            finally:
+                self.writing.release()
+
+    def _close(self) -> None:
+        self.env.close()
+        os.close(self.turn)
+        self.turn = -1
+
+    # ---- forks: a child must not use the parent's file, and lmdb lets it open the file anew only when it closed that
+    # one. Closing gives up the transactions that are open, for the parent as well: so there must be none.
+
+    def pause(self) -> None:
+        """Let no transaction be open from now on, as far as `WRITE_WAIT_S` allows."""
+        self._paused = self.writing.acquire(timeout=WRITE_WAIT_S)
+        self._idle.acquire()
+        self._idle.wait_for(lambda: self._active == 0, WRITE_WAIT_S)
+
+    def resume(self, *, in_child: bool) -> None:
+        """End `pause`; in a child, the file is closed."""
+        if in_child and self._paused and self._active == 0:
+            self._close()
+        self._idle.release()
+        if self._paused:
+            self.writing.release()
 
 
 _open_files: dict[tuple[str, int], RegistryFile] = {}
 _open_lock = threading.Lock()
+_fork_handlers: list[bool] = []
+
+
+def _before_fork() -> None:
+    _open_lock.acquire()
+    for file in _open_files.values():
+        file.pause()
+
+
+def _after_fork_in_parent() -> None:
+    for file in _open_files.values():
+        file.resume(in_child=False)
+    _open_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    for file in _open_files.values():
+        file.resume(in_child=True)
+    _open_files.clear()
+    _open_lock.release()
 
 
 def acquire_file(directory: Path, map_bytes: int) -> RegistryFile:
@@ -89,6 +218,11 @@ def acquire_file(directory: Path, map_bytes: int) -> RegistryFile:
     """
     key = (os.path.realpath(directory), os.getpid())
     with _open_lock:
+        if not _fork_handlers:  # at the first opening: an import has no effects
+            os.register_at_fork(
+                before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+            )
+            _fork_handlers.append(True)
         if key not in _open_files:
             _open_files[key] = _open(Path(key[0]), map_bytes)
         _open_files[key].users += 1
@@ -102,7 +236,7 @@ def release_file(file: RegistryFile) -> None:
         if file.users == 0:
             for key in [key for key, value in _open_files.items() if value is file]:
                 del _open_files[key]
-            file.env.close()
+            file.close()
 
 
 def _private_directory(directory: Path) -> None:
@@ -111,7 +245,8 @@ def _private_directory(directory: Path) -> None:
         info = directory.stat()
     if info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ConfigError(
-            f"{directory} must belong to uid {os.getuid()} with mode 0700: whoever writes there decides what this process reads"
+            f"{directory} must belong to uid {os.getuid()} with mode 0700: "
+            "whoever writes there decides what this process reads"
         )
 
 
@@ -119,31 +254,35 @@ def _open(directory: Path, map_bytes: int) -> RegistryFile:
     _private_directory(directory)
     owners = directory / "owners"
     path = directory / FILE_NAME
-    with translated(path):
-        owners.mkdir(mode=0o700, exist_ok=True)
-        env = lmdb.open(
-            str(path),
-            subdir=False,
-            map_size=map_bytes,
-            max_dbs=len(_SORTED) + len(_PLAIN),
-            max_readers=READERS_MAX,
-            mode=0o600,
-            sync=False,  # soft state: losing it to a power cut costs a few misses
-            metasync=False,
-            readahead=False,
-        )
-    try:
+    with contextlib.ExitStack() as undo:
         with translated(path):
+            owners.mkdir(mode=0o700, exist_ok=True)
+            turn = os.open(directory / TURN_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, turn)
+            env = _environment(path, map_bytes)
+            undo.callback(env.close)
             env.reader_check()  # readers that were killed must not pin old pages
             short = _extend_short_file(env, path)
-            tables = {name: env.open_db(name.encode(), dupsort=name in _SORTED) for name in (*_PLAIN, *_SORTED)}
-            if short:
-                _read_everything(env, tables)
-            _check_version(env, tables["meta"], path)
-    except BaseException:
-        env.close()
-        raise
-    return RegistryFile(path, env, OwnerLocks(owners), tables)
+        file = RegistryFile(path, env, OwnerLocks(owners), turn)
+        _open_tables(file)
+        if short:
+            _read_everything(file)
+        undo.pop_all()
+    return file
+
+
+def _environment(path: Path, map_bytes: int) -> lmdb.Environment:
+    return lmdb.open(
+        str(path),
+        subdir=False,
+        map_size=map_bytes,
+        max_dbs=len(_SORTED) + len(_PLAIN),
+        max_readers=READERS_MAX,
+        mode=0o600,
+        sync=False,  # soft state: losing it to a power cut costs a few misses
+        metasync=False,
+        readahead=False,
+    )
 
 
 def _extend_short_file(env: lmdb.Environment, path: Path) -> bool:
@@ -155,20 +294,23 @@ def _extend_short_file(env: lmdb.Environment, path: Path) -> bool:
     return True
 
 
-def _read_everything(env: lmdb.Environment, tables: dict[str, object]) -> None:
-    with env.begin() as txn:
-        for table in tables.values():
-            for _ in txn.cursor(table):
-                pass
-
-
-def _check_version(env: lmdb.Environment, meta: object, path: Path) -> None:
-    with env.begin(write=True) as txn:
-        data = txn.get(b"version", db=meta)
+def _open_tables(file: RegistryFile) -> None:
+    """Open, or make, all tables; check, or enter, the version. lmdb opens tables in write transactions only."""
+    with file.write() as txn:
+        for name in (*_PLAIN, *_SORTED):
+            file.tables[name] = file.env.open_db(name.encode(), txn=txn, dupsort=name in _SORTED)
+        data = txn.get(b"version", db=file.tables["meta"])
         if data is None:
-            txn.put(b"version", pack("registry", {}), db=meta)
+            txn.put(b"version", pack("registry", {}), db=file.tables["meta"])
             return
     try:
         unpack("registry", data)
     except RegistryProtocolError as error:
-        raise RegistryProtocolError(f"{path} was made by another kvmarket: {error}") from error
+        raise RegistryProtocolError(f"{file.path} was made by another kvmarket: {error}") from error
+
+
+def _read_everything(file: RegistryFile) -> None:
+    with file.read() as txn:
+        for table in file.tables.values():
+            for _ in txn.cursor(table):
+                pass

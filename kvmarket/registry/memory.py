@@ -53,8 +53,8 @@ class MemoryRegistry(Registry):
     def release_owner(self, owner: int) -> None:
         with self._lock:
             self._owners.pop(owner, None)
-            for key in [key for key in self._regions if key[0] == owner]:
-                del self._regions[key]
+            for region in [region for region in self._regions if region[0] == owner]:
+                del self._regions[region]
             for namespace in self._namespaces.values():
                 for key, holders in list(namespace.blocks.items()):
                     holders.pop(owner, None)
@@ -76,7 +76,7 @@ class MemoryRegistry(Registry):
             unknown = set(records["owner"].tolist()) - self._owners.keys()
             if unknown:
                 raise RegistryProtocolError(f"owner {unknown.pop()} is not registered")
-            for key, record in zip(keys, records, strict=True):
+            for key, record in zip(keys, records.copy(), strict=True):  # rows are views of their array
                 namespace.blocks.setdefault(key, {})[int(record["owner"])] = record
             return True
 
@@ -84,8 +84,9 @@ class MemoryRegistry(Registry):
         removed = 0
         with self._lock:
             namespace = self._namespaces.get(digest)
-            for key in keys if namespace is not None else ():
-                assert namespace is not None
+            if namespace is None:
+                return 0
+            for key in keys:
                 holders = namespace.blocks.get(key, {})
                 removed += holders.pop(owner, None) is not None
                 if key in namespace.blocks and not holders:
@@ -137,10 +138,10 @@ class MemoryRegistry(Registry):
 
     def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
         with self._lock:
-            found = []
-            for digest, namespace in list(self._namespaces.items())[:limit]:
+            found: list[NamespaceInfo] = []
+            for digest, namespace in self._namespaces.items():
                 owners = sorted({owner for holders in namespace.blocks.values() for owner in holders})
-                if owners:
+                if owners and len(found) < limit:
                     found.append(NamespaceInfo(digest, namespace.description, tuple(owners)))
             return found
 

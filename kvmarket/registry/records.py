@@ -1,9 +1,9 @@
 """The registry's wire format: versioned msgpack, and the keys that keep a chain's blocks side by side.
 
-A block record is a msgpack array ``[major, owner, region, page, generation, digest]``. Its integers are written at fixed
-width, which msgpack allows, so that all records of this version are `RECORD_BYTES` long and a whole prefix decodes with
-one numpy view. A record of another length is decoded field by field: extra fields of a later minor version are ignored,
-another major is skipped.
+A block record is a msgpack array ``[major, owner, region, page, generation, digest]``. Its integers are written at
+fixed width, which msgpack allows, so that all records of this version are `RECORD_BYTES` long and a whole prefix
+decodes with one numpy view. A record of another length is decoded field by field: extra fields of a later minor version
+are ignored, another major is skipped.
 
 A block key is ``head (8) | index (4) | hash``: the head is the start of the hash of the first block of a run of
 `RUN_BLOCKS`, so the blocks of one prefix are neighbours in an ordered store.
@@ -19,9 +19,11 @@ import numpy as np
 from kvmarket.errors import RegistryProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 MAJOR = 1
+FIELDS = 6
+"""Fields of a block record in this version; a later minor version may append some."""
 RUN_BLOCKS = 32
 HEAD_BYTES = 8
 RECORD_BYTES_MAX = 511
@@ -49,6 +51,9 @@ _WIRE = np.dtype(
 )
 RECORD_BYTES = _WIRE.itemsize
 _TAGS = {"array": 0x96, "major": MAJOR, "t1": 0xCE, "t2": 0xCD, "t3": 0xCE, "t4": 0xCF, "t5": 0xC4, "digest_len": 16}
+_WIRE_FIELDS: Mapping[str, Any] = _WIRE.fields or {}
+_TAG_AT = np.array([_WIRE_FIELDS[name][1] for name in _TAGS])
+_TAG_VALUES = np.array(list(_TAGS.values()), np.uint8)
 
 RECORD = np.dtype(
     [("block", "i8"), ("owner", "i8"), ("region", "i8"), ("page", "i8"), ("generation", "u8"), ("digest", "V16")]
@@ -87,14 +92,19 @@ def block_keys(hashes: Sequence[bytes], start: int = 0) -> list[bytes]:
     keys: list[bytes] = []
     for first in range(start - start % RUN_BLOCKS, len(hashes), RUN_BLOCKS):
         head = hashes[first][:HEAD_BYTES]
-        for index in range(max(first, start), min(first + RUN_BLOCKS, len(hashes))):
-            keys.append(head + index.to_bytes(4, "big") + hashes[index])
+        indices = range(max(first, start), min(first + RUN_BLOCKS, len(hashes)))
+        keys.extend(head + index.to_bytes(4, "big") + hashes[index] for index in indices)
     return keys
 
 
 def block_key(hashes: Sequence[bytes], index: int) -> bytes:
     """Return the registry key of one block, given the hashes of its prefix from block 0."""
     return hashes[index - index % RUN_BLOCKS][:HEAD_BYTES] + index.to_bytes(4, "big") + hashes[index]
+
+
+def blocks_to_run_end(key: bytes) -> int:
+    """Return how many blocks, that of `key` included, its run of `RUN_BLOCKS` still has."""
+    return RUN_BLOCKS - int.from_bytes(key[HEAD_BYTES : HEAD_BYTES + 4], "big") % RUN_BLOCKS
 
 
 def encode_records(records: BlockRecords) -> list[bytes]:
@@ -115,13 +125,10 @@ def decode_records(blocks: Sequence[int], values: Sequence[bytes]) -> BlockRecor
         blocks: the block index that each value belongs to.
         values: msgpack, as `encode_records` or a later version wrote it.
     """
-    data = b"".join(values)
-    if len(data) == RECORD_BYTES * len(values):
-        wire = np.frombuffer(data, _WIRE)
-        valid = np.ones(len(wire), bool)
-        for name, tag in _TAGS.items():
-            valid &= wire[name] == tag
-        if valid.all():
+    if set(map(len, values)) == {RECORD_BYTES}:
+        data = np.frombuffer(b"".join(values), np.uint8)
+        if bool((data.reshape(-1, RECORD_BYTES)[:, _TAG_AT] == _TAG_VALUES).all()):
+            wire = data.view(_WIRE)
             records = np.empty(len(wire), RECORD)
             records["block"] = blocks
             for name in ("owner", "region", "page", "generation", "digest"):
@@ -142,9 +149,9 @@ def _decode_one(value: bytes) -> RecordFields | None:
         fields = msgpack.unpackb(value)
     except (ValueError, msgpack.exceptions.UnpackException):
         return None
-    if not isinstance(fields, list) or len(fields) < 6 or type(fields[0]) is not int or fields[0] != MAJOR:
+    if not isinstance(fields, list) or len(fields) < FIELDS or type(fields[0]) is not int or fields[0] != MAJOR:
         return None
-    owner, region, page, generation, digest = fields[1:6]
+    owner, region, page, generation, digest = fields[1:FIELDS]
     limits = ((owner, 1 << 32), (region, 1 << 16), (page, 1 << 32), (generation, 1 << 64))
     if any(type(number) is not int or not 0 <= number < limit for number, limit in limits):
         return None

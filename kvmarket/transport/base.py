@@ -1,7 +1,8 @@
 """The transport interface: connect to a peer's region, read pages of it into pages of mine.
 
 Reads are synchronous and run off the event loop: a thread that releases the GIL, a GPU stream or a progress thread does
-the work. The reader drives; a page counts only if its generation was the announced one before *and* after its bytes moved.
+the work. The reader drives; a page counts only if its generation was the announced one before *and* after its bytes
+moved.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class Connection(ABC):
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
         """Read pages in order; end early, after the current group, at the first page that is refused.
 
-        When it returns, nothing writes to the local pages any more, whatever happened. Pages that were refused, or not
-        reached, are named in the report with the reason; their local bytes are undefined.
+        When it returns, nothing writes to the local pages any more, whatever happened. Pages that were refused are
+        named in the report with the reason, pages not reached with the reason that ended the read; their local bytes
+        are undefined.
 
         Raises:
             PeerGoneError, TransferError: the connection is of no more use.

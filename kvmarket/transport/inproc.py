@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from kvmarket.errors import TransportUnavailableError
+from kvmarket.errors import PeerGoneError, TransportUnavailableError
 from kvmarket.transport.base import Capabilities, Connection, Transport
 from kvmarket.transport.mapped import MappedConnection
 
@@ -17,21 +18,25 @@ if TYPE_CHECKING:
 
 
 class LocalRegions:
-    """Regions lent by this process, by (incarnation, region). Holds no region alive. Thread-safe."""
+    """Regions lent by this process, by (process, incarnation, region). Holds no region alive. Thread-safe.
+
+    The process counts because a forked child inherits this table: what was its parent's memory is a copy there, and
+    only the generations, which are shared, would still change.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._regions: weakref.WeakValueDictionary[tuple[bytes, int], LentRegion] = weakref.WeakValueDictionary()
+        self._regions: weakref.WeakValueDictionary[tuple[int, bytes, int], LentRegion] = weakref.WeakValueDictionary()
 
     def add(self, incarnation: bytes, region: LentRegion) -> None:
         """Make a region visible to the other marketplaces of this process."""
         with self._lock:
-            self._regions[incarnation, region.region_id] = region
+            self._regions[os.getpid(), incarnation, region.region_id] = region
 
     def get(self, incarnation: bytes, region_id: int) -> LentRegion | None:
         """Return a region of this process, or None."""
         with self._lock:
-            return self._regions.get((incarnation, region_id))
+            return self._regions.get((os.getpid(), incarnation, region_id))
 
 
 local_regions = LocalRegions()
@@ -48,6 +53,8 @@ class InprocTransport(Transport):
         region = local_regions.get(owner.incarnation, descriptor.region_id)
         if region is None:
             raise TransportUnavailableError("the owner is another process", scheme=self.scheme, peer=str(owner))
+        if region.generations.probe != descriptor.probe:
+            raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
         return MappedConnection(self.scheme, "memcpy", region.pages, region.generations.values)
 
     def close(self) -> None:

@@ -37,10 +37,9 @@ class MappedConnection(Connection):
         refused: dict[int, MissReason] = {}
         valid, copy_seconds = 0, 0.0
         for start in range(0, total, group):
-            if refused:
-                break
-            if deadline.expired:
-                refused = dict.fromkeys(range(start, total), MissReason.DEADLINE)
+            if refused or deadline.expired:
+                ended = refused[min(refused)] if refused else MissReason.DEADLINE
+                refused |= dict.fromkeys(range(start, total), ended)
                 break
             indices = np.arange(start, min(start + group, total))
             arrived, seconds = self._read_group(request, indices, refused)
@@ -55,20 +54,21 @@ class MappedConnection(Connection):
         self, request: ReadRequest, indices: np.ndarray, refused: dict[int, MissReason]
     ) -> tuple[np.ndarray, float]:
         """Copy one group; return the indices that are valid, and the seconds the copy took."""
-        fresh = readable(self._generations, request.pages[indices], request.generations[indices])
-        for index in indices[~fresh].tolist():
-            refused[index] = MissReason.STALE_GENERATION
-        indices = indices[fresh]
         pages, generations = request.pages[indices], request.generations[indices]
+        fresh = readable(self._generations, pages, generations)
+        if not fresh.all():
+            refused.update(dict.fromkeys(indices[~fresh].tolist(), MissReason.STALE_GENERATION))
+            indices, pages, generations = indices[fresh], pages[fresh], generations[fresh]
         memory_fence()  # the bytes are read after the generations
         began = time.perf_counter()
         copy_pages(self._pages, pages, request.local, request.local_pages[indices])
         seconds = time.perf_counter() - began
         memory_fence()  # and the generations again after the bytes
         whole = self._generations[pages] == generations
-        for index in indices[~whole].tolist():
-            refused[index] = MissReason.TORN
-        return indices[whole], seconds
+        if not whole.all():
+            refused.update(dict.fromkeys(indices[~whole].tolist(), MissReason.TORN))
+            indices = indices[whole]
+        return indices, seconds
 
     def close(self) -> None:
         """The mappings go with the last array that refers to them."""

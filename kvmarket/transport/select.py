@@ -29,6 +29,7 @@ class TransportSelector:
         self._transports = tuple(transports)
         self._lock = threading.Lock()
         self._connections: OrderedDict[tuple[bytes, int], Connection] = OrderedDict()
+        self._owners: dict[bytes, int] = {}
 
     def connection(self, owner: OwnerInfo, region_id: int, describe: Callable[[], RegionDescriptor]) -> Connection:
         """Return a connection to a region; `describe` is called only when there is none yet.
@@ -45,8 +46,11 @@ class TransportSelector:
         made = self._connect(owner, describe())
         with self._lock:
             kept = self._connections.setdefault(key, made)
+            self._owners[owner.incarnation] = owner.owner
             while len(self._connections) > CONNECTIONS_MAX:
                 self._connections.popitem(last=False)
+        if kept is not made:  # another thread was faster
+            made.close()
         return kept
 
     def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
@@ -67,6 +71,15 @@ class TransportSelector:
         """Drop the connections to an owner that is gone, and with them its mapped memory."""
         with self._lock:
             for key in [key for key in self._connections if key[0] == owner.incarnation]:
+                del self._connections[key]
+
+    def forget_dead(self, alive: Callable[[int], bool]) -> None:
+        """Drop the connections to owners of which `alive` says no: their memory lasts as long as somebody maps it."""
+        with self._lock:
+            known = {incarnation for incarnation, _ in self._connections}
+            self._owners = {incarnation: owner for incarnation, owner in self._owners.items() if incarnation in known}
+            dead = {incarnation for incarnation, owner in self._owners.items() if not alive(owner)}
+            for key in [key for key in self._connections if key[0] in dead]:
                 del self._connections[key]
 
     def close(self) -> None:

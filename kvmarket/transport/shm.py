@@ -20,7 +20,8 @@ class ShmTransport(Transport):
     """One-sided reads of shared memory.
 
     Args:
-        boot_id, pid_namespace: those of this process, to tell which owners are within reach.
+        boot_id: identity of the kernel that this process runs on, to tell which owners are within reach.
+        pid_namespace: this process's, for the same.
     """
 
     scheme = "shm"

@@ -5,18 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from kvmarket.testing.tiny_models import TINY_MODEL, random_prompt, write_model
+from kvmarket.testing.tiny_models import random_prompt
 from kvmarket.testing.vllm_replica import Generation, Replica, ReplicaConfig, ReplicaError, ReplicaHost
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
-]
+pytestmark = pytest.mark.vllm
 
 PROMPT_TOKENS = 1600
 HIT_TOKENS = (PROMPT_TOKENS - 1) // 32 * 32
@@ -30,14 +26,13 @@ def hook(engine, start, *, factor):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return ReplicaConfig(model=write_model(tmp_path_factory.mktemp("models"), TINY_MODEL))
+def config(tiny_model):
+    return ReplicaConfig(model=tiny_model)
 
 
 @pytest.fixture(scope="module")
-def host():
-    with ReplicaHost(python_path=[Path(__file__).parent]) as host:
-        yield host
+def host(vllm_host):
+    return vllm_host
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,9 @@ def replicas(host, config):
     pair = host.launch(config), host.launch(config)
     for replica in pair:
         replica.wait_ready()
-    return pair
+    yield pair
+    for replica in pair:
+        replica.close()
 
 
 def one(replica: Replica, prompt: list[int], **options) -> Generation:

@@ -1,0 +1,187 @@
+"""Which blocks are offered and taken back in a step, on hand-made scheduler outputs."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
+
+from kvmarket.registry.records import block_key  # noqa: E402
+from kvmarket_vllm.messages import StepPlan  # noqa: E402
+from kvmarket_vllm.offers import GROUP_SUFFIX, Offers  # noqa: E402
+
+BLOCK = 4
+
+
+class Scheduler:
+    """A pool, requests, and the outputs that vLLM's scheduler would give to the connector."""
+
+    def __init__(self, *, enabled=True):
+        self.pool = SimpleNamespace(
+            blocks=[SimpleNamespace(block_hash=None) for _ in range(32)], cached_block_hash_to_block={}
+        )
+        self.requests = {}
+        self.offers = Offers(BLOCK, enabled)
+        self.offers.bind_pool(self.pool)
+
+    def request(self, name, num_tokens, chain=None):
+        hashes = [f"{chain or name}-{i}".encode() for i in range(num_tokens // BLOCK)]
+        self.requests[name] = SimpleNamespace(request_id=name, block_hashes=hashes)
+
+    def cache(self, name, table, num_tokens):
+        """Give the full blocks of a table their hashes, as vLLM does when it schedules the tokens that fill them."""
+        for block, block_hash in zip(table[: num_tokens // BLOCK], self.requests[name].block_hashes, strict=False):
+            self.pool.blocks[block].block_hash = block_hash + GROUP_SUFFIX
+
+    def step(self, *, new=(), cached=(), resumed=(), scheduled=None, **more):
+        """`new`: (name, table, computed); `cached`: (name, new blocks or None, computed)."""
+        output = SimpleNamespace(
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=name, block_ids=(table,), num_computed_tokens=computed)
+                for name, table, computed in new
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[name for name, _, _ in cached],
+                new_block_ids=[(blocks,) if blocks is not None else None for _, blocks, _ in cached],
+                num_computed_tokens=[computed for _, _, computed in cached],
+                resumed_req_ids=set(resumed),
+            ),
+            num_scheduled_tokens=scheduled or {},
+            **more,
+        )
+        plan = StepPlan()
+        self.offers.step(output, self.requests, plan)
+        return plan
+
+    def key(self, name, index):
+        return block_key(self.requests[name].block_hashes, index)
+
+
+@pytest.fixture
+def scheduler():
+    return Scheduler()
+
+
+def prefill(scheduler, name, table, num_tokens):
+    scheduler.request(name, num_tokens)
+    scheduler.cache(name, table, num_tokens)
+    return scheduler.step(new=[(name, table, 0)], scheduled={name: num_tokens})
+
+
+def test_full_blocks_are_offered_in_the_step_that_completes_them(scheduler):
+    plan = prefill(scheduler, "a", [5, 6, 7], 10)
+    assert plan.publish == [(scheduler.key("a", 0), 5), (scheduler.key("a", 1), 6)]
+    assert plan.dirty == []
+
+
+def test_a_chunked_prompt_is_offered_piece_by_piece(scheduler):
+    scheduler.request("a", 12)
+    scheduler.cache("a", [5], 4)
+    first = scheduler.step(new=[("a", [5, 6], 0)], scheduled={"a": 6})
+    scheduler.cache("a", [5, 6, 7], 12)
+    second = scheduler.step(cached=[("a", [7], 6)], scheduled={"a": 6})
+    assert [block for _, block in first.publish] == [5]
+    assert second.publish == [(scheduler.key("a", 1), 6), (scheduler.key("a", 2), 7)]
+
+
+def test_decoding_offers_a_block_when_it_is_full(scheduler):
+    prefill(scheduler, "a", [5, 6], 7)
+    scheduler.requests["a"].block_hashes.append(b"a-1")
+    scheduler.cache("a", [5, 6], 8)
+    assert scheduler.step(cached=[("a", None, 7)], scheduled={"a": 1}).publish == [(scheduler.key("a", 1), 6)]
+    assert scheduler.step(cached=[("a", [8], 8)], scheduled={"a": 1}).publish == []
+
+
+def test_a_block_is_taken_back_when_another_request_gets_it(scheduler):
+    prefill(scheduler, "a", [5, 6], 8)
+    scheduler.offers.forget_request("a")
+    plan = prefill(scheduler, "b", [6, 9], 8)
+    assert plan.dirty == [6]
+    assert plan.publish == [(scheduler.key("b", 0), 6), (scheduler.key("b", 1), 9)]
+    # 5 still holds what was offered.
+    assert scheduler.offers.take_back([5, 6, 9]) == [5, 6, 9]
+
+
+def test_a_local_hit_is_neither_overwritten_nor_offered_again(scheduler):
+    prefill(scheduler, "a", [5, 6], 8)
+    scheduler.request("b", 12, chain="a")
+    scheduler.cache("b", [5, 6, 7], 12)
+    plan = scheduler.step(new=[("b", [5, 6, 7], 8)], scheduled={"b": 4})
+    assert plan.dirty == []
+    assert plan.publish == [(scheduler.key("b", 2), 7)]
+
+
+def test_the_block_in_which_computing_begins_is_taken_back(scheduler):
+    """A whole prompt that was hit: vLLM computes its last token again, into a block that may be offered."""
+    prefill(scheduler, "a", [5, 6], 8)
+    scheduler.request("b", 8, chain="a")
+    plan = scheduler.step(new=[("b", [5, 6], 7)], scheduled={"b": 1})
+    assert plan.dirty == [6]
+    assert plan.publish == [(scheduler.key("b", 1), 6)]
+
+
+def test_a_resumed_request_brings_a_whole_new_table(scheduler):
+    prefill(scheduler, "a", [5, 6], 8)
+    prefill(scheduler, "b", [6, 7], 8)  # 6 was taken from a, which is preempted
+    scheduler.cache("a", [5, 9], 8)
+    plan = scheduler.step(cached=[("a", [5, 9], 4)], resumed=["a"], scheduled={"a": 4})
+    assert plan.dirty == []
+    assert plan.publish == [(scheduler.key("a", 1), 9)]
+
+
+def test_what_vllm_does_not_vouch_for_waits(scheduler):
+    """Speculation or sampling under way: the block has no hash yet, or another one."""
+    scheduler.request("a", 8)
+    scheduler.cache("a", [5], 4)
+    assert [block for _, block in scheduler.step(new=[("a", [5, 6], 0)], scheduled={"a": 8}).publish] == [5]
+    scheduler.pool.blocks[6].block_hash = b"something else" + GROUP_SUFFIX
+    assert scheduler.step(cached=[("a", None, 8)], scheduled={"a": 1}).publish == []
+    scheduler.cache("a", [5, 6], 8)
+    assert scheduler.step(cached=[("a", None, 9)], scheduled={"a": 1}).publish == [(scheduler.key("a", 1), 6)]
+
+
+@pytest.mark.parametrize("more", [{"kv_cache_block_copies": [(5, 6)]}, {"new_block_ids_to_zero": [6]}])
+def test_copies_and_zeroing_take_back_their_targets(scheduler, more):
+    prefill(scheduler, "a", [5, 6], 8)
+    assert scheduler.step(**more).dirty == [6]
+
+
+def test_a_consumer_offers_nothing():
+    assert prefill(Scheduler(enabled=False), "a", [5, 6], 8).publish == []
+
+
+def test_a_reset_of_the_pool_is_noticed_once(scheduler):
+    assert not scheduler.offers.pool_was_reset()
+    scheduler.pool.cached_block_hash_to_block = {}
+    assert scheduler.offers.pool_was_reset()
+    assert not scheduler.offers.pool_was_reset()
+
+
+def test_after_a_reset_of_the_pool_equal_blocks_are_offered_again(scheduler):
+    prefill(scheduler, "a", [5, 6], 8)
+    scheduler.offers.forget_request("a")
+    scheduler.offers.clear()
+    assert len(prefill(scheduler, "a", [5, 6], 8).publish) == 2
+
+
+def test_void_blocks_stay_void_until_they_hold_something_else(scheduler):
+    prefill(scheduler, "a", [5, 6], 8)
+    scheduler.offers.forget_request("a")
+    scheduler.offers.void()
+    # A hit on them, and what is computed behind them, offers nothing.
+    scheduler.request("b", 12, chain="a")
+    scheduler.cache("b", [5, 6, 7], 12)
+    assert scheduler.step(new=[("b", [5, 6, 7], 8)], scheduled={"b": 4}).publish == []
+    # Nor does a chain whose first block was computed anew.
+    scheduler.cache("b", [8], 4)
+    assert scheduler.step(new=[("b", [8, 6], 8)], scheduled={"b": 0}).publish == [(scheduler.key("b", 0), 8)]
+    # With new content they are blocks like any other.
+    assert [block for _, block in prefill(scheduler, "c", [5, 6], 8).publish] == [5, 6]
+
+
+def test_a_request_that_runs_while_everything_is_voided_offers_no_more(scheduler):
+    prefill(scheduler, "a", [5, 6], 6)
+    scheduler.offers.void()
+    scheduler.request("a", 12)
+    scheduler.cache("a", [5, 6, 7], 12)
+    assert scheduler.step(cached=[("a", [7], 6)], scheduled={"a": 6}).publish == []
