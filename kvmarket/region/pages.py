@@ -142,8 +142,9 @@ def _runs(source_pages: np.ndarray, target_pages: np.ndarray) -> list[tuple[int,
     return list(zip(source_pages[starts].tolist(), target_pages[starts].tolist(), lengths.tolist(), strict=True))
 
 
-def _check_range(pages: np.ndarray, num_pages: int) -> None:
-    if int(np.minimum.reduce(pages)) < 0 or int(np.maximum.reduce(pages)) >= num_pages:
+def _check_range(pages: np.ndarray, num_pages: int, *, consecutive: bool) -> None:
+    ends = (pages[0], pages[-1]) if consecutive else (np.minimum.reduce(pages), np.maximum.reduce(pages))
+    if int(ends[0]) < 0 or int(ends[1]) >= num_pages:
         raise InvalidInputError(f"page number outside [0, {num_pages})")
 
 
@@ -166,9 +167,9 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
         raise InvalidInputError(f"{len(source_pages)} source pages for {len(target_pages)} target pages")
     if len(source_pages) == 0:
         return
-    _check_range(source_pages, source.layout.num_pages)
-    _check_range(target_pages, target.layout.num_pages)
     gather, scatter = _consecutive(target_pages), _consecutive(source_pages)
+    _check_range(source_pages, source.layout.num_pages, consecutive=scatter)
+    _check_range(target_pages, target.layout.num_pages, consecutive=gather)
     first, to, count = int(source_pages[0]), int(target_pages[0]), len(source_pages)
     for piece in _copy_plan(source.layout, target.layout):
         packed = piece.source.stride == piece.source.nbytes and piece.target.stride == piece.target.nbytes

@@ -65,6 +65,8 @@ class Connection(ABC):
     scheme: str
     path: str
     """How the bytes really travel, for reports."""
+    readers: int = 1
+    """How many threads may share a large read, in parts, and so make it faster."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
