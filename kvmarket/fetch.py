@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +10,10 @@ import numpy as np
 
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
+from kvmarket.helper import Helper
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import RECORD, BlockRecords
+from kvmarket.registry.records import RECORD, BlockRecords, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
@@ -67,8 +66,7 @@ class Fetcher:
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
         self._verify = config.verify
-        several = len(os.sched_getaffinity(0)) > 1
-        self._helpers = ThreadPoolExecutor(1, "kvmarket-help") if several else None
+        self._helper = Helper()
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
@@ -101,9 +99,7 @@ class Fetcher:
         if keep.all():
             return found
         records = found.records[keep]
-        present = np.unique(records["block"])
-        gaps = np.flatnonzero(present != np.arange(len(present)))
-        blocks = int(gaps[0]) if len(gaps) else len(present)
+        blocks = run_length(records["block"])
         records = records[records["block"] < blocks]
         return replace(found, blocks=blocks, records=records, first_missing="stale_generation")
 
@@ -162,7 +158,7 @@ class Fetcher:
         request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
         reading = SharedRead(connection, request, deadline, verification)
         try:
-            report = reading.run(self._helpers)
+            report = reading.run(self._helper)
         except (PeerGoneError, TransferError) as error:
             self._transports.forget(owner)
             outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner}: {error}"
@@ -225,8 +221,7 @@ class Fetcher:
 
     def close(self) -> None:
         """Stop the helping thread."""
-        if self._helpers is not None:
-            self._helpers.shutdown(wait=True)
+        self._helper.close()
 
 
 class _SpecMismatchError(TransportError):
@@ -235,6 +230,8 @@ class _SpecMismatchError(TransportError):
 
 def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
     """Return the records of the longest run from block `first` on that one region of one owner serves."""
+    if not first and not excluded and _of_one_region(records):
+        return records
     best: BlockRecords | None = None
     here = records[records["block"] == first]
     for candidate in here:
@@ -247,3 +244,11 @@ def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRec
         if best is None or len(run) > len(best):
             best = run
     return best
+
+
+def _of_one_region(records: BlockRecords) -> bool:
+    """Tell whether these are blocks 0, 1, 2, ... of one region: the common case, without a copy."""
+    if not len(records) or int(records["block"][-1]) != len(records) - 1:
+        return False
+    same = (records["owner"] == records["owner"][0]) & (records["region"] == records["region"][0])
+    return bool((same & (records["block"] == np.arange(len(records)))).all())

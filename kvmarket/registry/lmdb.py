@@ -40,6 +40,7 @@ from kvmarket.registry.records import (
     decode_records,
     encode_records,
     pack,
+    run_length,
     unpack,
 )
 
@@ -228,10 +229,10 @@ class LmdbRegistry(Registry):
             records = decode_records(blocks, values)
             owners = {owner: self._owner(txn, owner) for owner in np.unique(records["owner"]).tolist()}
         living = {owner: info for owner, info in owners.items() if info is not None and self.alive(owner)}
-        run = complete = _run_length(records["block"])
+        run = complete = run_length(records["block"])
         if len(living) < len(owners):
             records = records[np.isin(records["owner"], list(living))]
-            run = _run_length(records["block"])
+            run = run_length(records["block"])
         if len(records) and int(records["block"][-1]) >= run:
             records = records[records["block"] < run]
         ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
@@ -297,7 +298,7 @@ class LmdbRegistry(Registry):
             blocks = txn.stat(self._table("blocks"))["entries"]
         used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         dead = sum(not self.alive(owner) for owner in owners)
-        return self._file.path, used, env.info()["map_size"], blocks, len(owners), dead
+        return self._file.path, used, self._file.limit_bytes, blocks, len(owners), dead
 
     def live_owners(self) -> list[tuple[OwnerInfo, list[int]]]:
         """Return every live owner with the numbers of its regions."""
@@ -322,12 +323,3 @@ class LmdbRegistry(Registry):
         number = int.from_bytes(txn.get(counter, db=self._table("meta")) or b"", "big") + 1
         txn.put(counter, _u32(number), db=self._table("meta"))
         return number
-
-
-def _run_length(blocks: np.ndarray) -> int:
-    """Return how many of blocks 0, 1, 2, ... are present in the sorted `blocks`."""
-    if len(blocks) and int(blocks[-1]) + 1 == len(blocks) and bool((np.diff(blocks) == 1).all()):
-        return len(blocks)  # one record each
-    present = np.unique(blocks)
-    gaps = np.flatnonzero(present != np.arange(len(present)))
-    return int(gaps[0]) if len(gaps) else len(present)
