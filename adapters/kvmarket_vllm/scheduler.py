@@ -119,11 +119,11 @@ class SchedulerRole:
     def _lookup(self, cores: dict[Rank, MarketCore], keys: list[bytes]) -> dict[Rank, LookupResult]:
         found: dict[Rank, LookupResult] = {}
         for rank, core in cores.items():
-            result, reason, detail = core.fetcher.lookup(keys)
-            result = core.fetcher.fresh(result) if result.blocks else result
+            announced, reason, detail = core.fetcher.lookup(keys)
+            result = core.fetcher.fresh(announced) if announced.blocks else announced
             found[rank] = result
             if result.blocks < len(keys):
-                why = result.first_missing if result.first_missing == "stale_generation" else str(reason)
+                why = str(reason) if result is announced else result.first_missing
                 self.deltas.add_labelled("misses", why)
                 if not result.blocks:
                     self._log_miss(why, detail)
