@@ -104,7 +104,7 @@ class RegistryFile:
             same = False
         if not same:
             raise RegistryUnavailableError(
-                f"{self.path} was removed or replaced while it was in use; restart this process to meet the others again"
+                f"{self.path} was removed or replaced while it was in use; restart this process to meet the others"
             )
 
     @contextlib.contextmanager
