@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PREFIX = "KVMARKET_"
-TRANSPORTS = ("auto", "inproc", "shm")
+TRANSPORTS = ("auto", "inproc", "shm", "ucx")
+UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
 VERIFY_MODES = ("none", "sampled", "full")
 
 
@@ -87,7 +88,9 @@ class MarketConfig:
     """All settings of one marketplace. Each field can be set by the environment name in its metadata.
 
     Attributes:
-        transport: ``auto`` (by locality, after a probe), ``inproc`` or ``shm``.
+        transport: ``auto`` (by locality, after a probe), ``inproc``, ``shm`` or ``ucx``.
+        ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
+        ucx_addresses: addresses to announce for UCX, separated by commas; empty for all of this host.
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
@@ -102,6 +105,8 @@ class MarketConfig:
     """
 
     transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
+    ucx_require: str = _setting("UCX_REQUIRE", "", _one_of(*UCX_REQUIREMENTS))
+    ucx_addresses: str = _setting("UCX_ADDRESSES", "", str)
     registry: str = _setting("REGISTRY", "lmdb", _registry)
     runtime_dir: str = _setting("RUNTIME_DIR", "", str)
     hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError, RegistryProtocolError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096
+ADDRESSES_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class RegionDescriptor:
         memories: shared memories, empty when only the owner's process can read the region.
         generations: the generation table.
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
+        endpoints: transport -> where the owner listens for it, (address, port) in order of preference.
     """
 
     region_id: int
@@ -36,6 +38,7 @@ class RegionDescriptor:
     memories: tuple[MemoryAddress, ...]
     generations: MemoryAddress
     probe: bytes
+    endpoints: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
@@ -46,6 +49,7 @@ class RegionDescriptor:
             "memories": [memory.as_list() for memory in self.memories],
             "generations": self.generations.as_list(),
             "probe": self.probe,
+            "endpoints": {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()},
         }
 
     @classmethod
@@ -70,6 +74,7 @@ class RegionDescriptor:
                 memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
+                endpoints=_endpoints(wire.get("endpoints", {})),
             )
             if memories:
                 layout.check([memory.nbytes for memory in descriptor.memories])
@@ -82,6 +87,21 @@ def _integer(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r} is not a non-negative integer")
     return value
+
+
+def _endpoints(wire: Any) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Read the optional map of listening addresses; descriptors made before there was one have none."""
+    if not isinstance(wire, dict):
+        raise ValueError("endpoints must be a map")
+    found: dict[str, tuple[tuple[str, int], ...]] = {}
+    for scheme, where in wire.items():
+        if not isinstance(scheme, str) or not isinstance(where, list) or len(where) > ADDRESSES_MAX:
+            raise ValueError("endpoints must name lists of addresses")
+        for address, port in where:
+            if not isinstance(address, str) or len(address) > 255 or not 0 < _integer(port) < 1 << 16:
+                raise ValueError(f"{address!r}:{port!r} is not an address")
+        found[scheme] = tuple((address, port) for address, port in where)
+    return found
 
 
 def _data(value: object, length: int) -> bytes:
