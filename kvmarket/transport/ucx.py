@@ -23,6 +23,7 @@ from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.region import LentRegion
 from kvmarket.report import TransferReport
 from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, ServingTransport
+from kvmarket.transport.ucx_api import version as ucx_version
 from kvmarket.transport.ucx_budget import ByteBudget
 from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import local_iov
@@ -87,8 +88,9 @@ class UcxTransport(ServingTransport):
             if self._closed:
                 raise TransportUnavailableError("this transport is closed", scheme=self.scheme)
             if self._driver is None:
-                logger.debug("kvmarket: UCX settings made here: %s", self.settings)
                 self._driver = UcxDriver(self.settings)
+                self.settings = self._driver.settings
+                logger.debug("kvmarket: UCX %s with settings made here: %s", ucx_version(), self.settings)
             return self._driver
 
     # ---- owner
@@ -242,8 +244,8 @@ class UcxConnection(Connection):
             raise PeerGoneError(str(error), scheme=self.scheme, peer=str(self._owner)) from error
         segments = max(len(layout.segments), len(request.local.layout.segments))
         reading = GroupedRead(
-            self._transport.driver, peer, self._transport.budget(self._owner), request, layout.page_bytes, segments,
-            self._starter(peer, remote, request), deadline, on_group,
+            self._transport.driver, peer, self._transport.budget(self._owner), request, layout.page_bytes,
+            layout.num_pages, segments, self._starter(peer, remote, request), deadline, on_group,
         )  # fmt: skip
         reading.run()
         seconds = time.perf_counter() - began
@@ -275,15 +277,15 @@ class UcxConnection(Connection):
         return start
 
     def _check(self, request: ReadRequest) -> None:
-        """Raise `InvalidInputError` for pages outside either side or of another size."""
-        sides = ((request.pages, self._descriptor.layout), (request.local_pages, request.local.layout))
-        for pages, layout in sides:
-            if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < layout.num_pages:
-                raise InvalidInputError(f"page number outside [0, {layout.num_pages})")
+        """Raise `InvalidInputError` for a request that would write elsewhere than into its local pages."""
+        local = request.local.layout
         if len(request.pages) != len(request.local_pages):
             raise InvalidInputError(f"{len(request.pages)} remote pages for {len(request.local_pages)} local ones")
-        if request.local.layout.page_bytes != self._descriptor.layout.page_bytes:
+        if local.page_bytes != self._descriptor.layout.page_bytes:
             raise InvalidInputError("local and remote pages differ in size")
+        pages = request.local_pages
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < local.num_pages:
+            raise InvalidInputError(f"local page number outside [0, {local.num_pages})")
 
     def close(self) -> None:
         """The peer's connection is shared by its regions and goes with the transport."""

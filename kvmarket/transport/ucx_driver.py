@@ -92,7 +92,8 @@ class UcxDriver:
     """The worker and its thread. Public methods not named otherwise belong to the driver's thread.
 
     Args:
-        settings: UCX settings without their prefix, see `kvmarket.transport.ucx_settings`.
+        settings: UCX settings without their prefix, see `kvmarket.transport.ucx_settings`. Afterwards `settings` has
+            those that UCX took.
 
     Raises:
         MissingExtraError, TransportUnavailableError: UCX cannot be used in this process.
@@ -101,7 +102,7 @@ class UcxDriver:
     def __init__(self, settings: Mapping[str, str]) -> None:
         self._ucxx = load_ucxx()
         self._lib = api.libucp()
-        self._settings = dict(settings)
+        self.settings = dict(settings)
         self._commands: deque[Callable[[], None]] = deque()
         self._inbox: deque[tuple[int, int, bytes, Payload]] = deque()
         self._failures: deque[tuple[Endpoint, str]] = deque()
@@ -169,7 +170,7 @@ class UcxDriver:
         endpoint = Endpoint(raw)
         endpoint.handler = handler
         self._endpoints[endpoint.handle] = endpoint
-        raw.set_close_callback(lambda status, *_: self._failures.append((endpoint, api.status_text(int(status)))))
+        raw.set_close_callback(lambda: self._failures.append((endpoint, "the connection broke")))
         return endpoint
 
     def disconnect(self, endpoint: Endpoint, why: str) -> None:
@@ -302,8 +303,7 @@ class UcxDriver:
         self._worker_close()
 
     def _open(self) -> None:
-        features = (self._ucxx.Feature.WAKEUP, self._ucxx.Feature.AM, self._ucxx.Feature.RMA)
-        self.context = self._ucxx.UCXContext(self._settings, features)
+        self.context = self._make_context()
         self.worker = self._ucxx.UCXWorker(self.context)
         self.worker.init_blocking_progress_mode()
         self._worker = int(self.worker.handle)
@@ -314,6 +314,20 @@ class UcxDriver:
         self._callbacks = (api.AmCallback(self._on_control), api.AmCallback(self._on_data))
         for message_id, callback in zip((CONTROL_ID, DATA_ID), self._callbacks, strict=True):
             api.set_am_handler(self._worker, message_id, callback)
+
+    def _make_context(self) -> Any:
+        """Make the context; settings that this UCX does not know (of a module it lacks) are left out, and said so."""
+        features = (self._ucxx.Feature.WAKEUP, self._ucxx.Feature.AM, self._ucxx.Feature.RMA)
+        try:
+            return self._ucxx.UCXContext(self.settings, features)
+        except Exception:  # noqa: BLE001 - ucxx has an exception per status; the attempt without it tells
+            for name in list(self.settings):
+                try:
+                    self._ucxx.UCXContext({name: self.settings[name]}, features)
+                except Exception as error:  # noqa: BLE001
+                    logger.debug("kvmarket: UCX does not take UCX_%s: %s", name, error)
+                    del self.settings[name]
+            return self._ucxx.UCXContext(self.settings, features)
 
     def _step(self) -> None:
         worked = self._run_commands()

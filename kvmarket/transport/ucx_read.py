@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -57,6 +58,7 @@ class GroupedRead:
     budget: ByteBudget
     request: ReadRequest
     page_bytes: int
+    remote_pages: int
     segments: int
     start: Start
     deadline: Deadline
@@ -66,6 +68,8 @@ class GroupedRead:
     copy_seconds: float = 0.0
     _pending: set[_Group] = field(default_factory=set)
     _ended: queue.SimpleQueue[_Group] = field(default_factory=queue.SimpleQueue)
+    _order: deque[_Group] = field(default_factory=deque)
+    _draining: bool = False
     _error: str = ""
 
     def run(self) -> None:
@@ -76,6 +80,8 @@ class GroupedRead:
             TransferError: the read failed otherwise.
         """
         total = len(self.request.pages)
+        if not total:
+            return
         size = max(1, min(GROUP_BYTES // self.page_bytes, PIECES_MAX // self.segments))
         began = time.perf_counter()
         following = 0
@@ -83,7 +89,7 @@ class GroupedRead:
             while (following < total and not self._over) or self._pending:
                 while following < total and not self._over and len(self._pending) < WINDOW:
                     stop = min(following + size, total)
-                    if not self._launch(np.arange(following, stop)):
+                    if not self._launch(self._known(np.arange(following, stop))):
                         break
                     following = stop
                 if self.deadline.expired:
@@ -96,20 +102,34 @@ class GroupedRead:
         if self._error:
             gone = bool(self.peer.dead)
             raise (PeerGoneError if gone else TransferError)(self._error, scheme="ucx", peer=self.peer.address)
-        reason = MissReason.DEADLINE
-        if following < total and (self.deadline.expired or not self.refused):
-            self.refused.update(dict.fromkeys(range(following, total), reason))
+        if following < total:
+            ended = self.refused[min(self.refused)] if self.refused else MissReason.DEADLINE
+            self.refused.update(dict.fromkeys(range(following, total), ended))
 
     @property
     def _over(self) -> bool:
         return bool(self.refused) or bool(self._error) or self.deadline.expired
 
-    def _launch(self, indices: np.ndarray) -> bool:
+    def _known(self, indices: np.ndarray) -> np.ndarray:
+        """Refuse the pages that the region does not have; return the others."""
+        pages = self.request.pages[indices]
+        inside = (pages >= 0) & (pages < self.remote_pages)
+        self.refused.update(dict.fromkeys(indices[~inside].tolist(), MissReason.STALE_GENERATION))
+        return indices[inside]
+
+    def _launch(self, indices: np.ndarray, *, next_in_order: bool = False) -> bool:
+        """Start reading pages; False when the deadline came before there was room for their bytes."""
+        if not len(indices):
+            return True
         nbytes = len(indices) * self.page_bytes
         if not self.budget.take(nbytes, self.deadline):
             return False
         group = _Group(indices, nbytes)
         self._pending.add(group)
+        if next_in_order:
+            self._order.appendleft(group)
+        else:
+            self._order.append(group)
 
         def finish(result: GroupResult) -> None:
             group.result = result
@@ -137,8 +157,13 @@ class GroupedRead:
         self._take(group)
 
     def _take(self, group: _Group) -> None:
+        """Account for a group that has ended, and report in order those whose turn has come."""
         self._pending.discard(group)
         self.budget.give_back(group.nbytes)
+        while self._order and self._order[0] not in self._pending:
+            self._report(self._order.popleft())
+
+    def _report(self, group: _Group) -> None:
         result = group.result
         assert result is not None
         if result.error == "abandoned":
@@ -152,7 +177,7 @@ class GroupedRead:
         self.refused.update({int(group.indices[index]): reason for index, reason in bad.items()})
         good = np.delete(group.indices, list(bad)) if bad else group.indices
         if result.stale and len(good):  # stale pages end a group before any byte moved: ask for the others alone
-            if self.deadline.expired or not self._launch(good):
+            if self._draining or self.deadline.expired or not self._launch(good, next_in_order=True):
                 self.refused.update(dict.fromkeys(good.tolist(), MissReason.DEADLINE))
             return
         self.valid += len(good)
@@ -161,6 +186,7 @@ class GroupedRead:
 
     def _drain(self) -> None:
         """Wait for the groups under way; those that UCX still writes after `DRAIN_S` lose their connection."""
+        self._draining = True
         if not self._pending:
             return
         self.driver.submit(self._abandon)
