@@ -78,7 +78,12 @@ class _Operation:
 
 
 def load_ucxx() -> Any:
-    """Import ucxx's core module, or raise `MissingExtraError` / `TransportUnavailableError`."""
+    """Import ucxx's core module, or raise `MissingExtraError` / `TransportUnavailableError`.
+
+    ucxx prints an error line on standard output for each connection that breaks, which here is a normal event with a
+    report of its own: unless the user chose a level, only fatal ones are left.
+    """
+    os.environ.setdefault("UCXX_LOG_LEVEL", "fatal")
     try:
         from ucxx._lib import libucxx
     except ModuleNotFoundError as error:

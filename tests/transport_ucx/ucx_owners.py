@@ -1,10 +1,17 @@
-"""Owners that serve through UCX, in this process or in a peer, with `RegionOwner`'s methods."""
+"""Owners that serve through UCX, with `RegionOwner`'s methods, and readers; in this process or in a peer."""
 
+import ctypes
 import os
 import time
 from dataclasses import replace
 
-from kvmarket.testing.region_owner import Lent, RegionOwner
+import numpy as np
+
+from kvmarket.deadline import Deadline
+from kvmarket.errors import TransportError
+from kvmarket.region.pages import PagedMemory
+from kvmarket.testing.region_owner import Lent, RegionOwner, page_bytes_of, pattern_page
+from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
 
 
@@ -37,18 +44,90 @@ class UcxRegionOwner(RegionOwner):
         self.transport.close()
 
 
-def in_ucx_peer(state, environ, method, *args):
+def enter_network(name):
+    """Move this process, which must have one thread, into a named network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(fd, 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), f"setns {name}")
+    finally:
+        os.close(fd)
+
+
+def in_ucx_peer(state, environ, addresses, method, *args):
     if not hasattr(state, "owner"):
+        network = environ.pop("network", None)
+        if network is not None:
+            enter_network(network)
         os.environ.update(environ)
-        state.owner = UcxRegionOwner()
+        state.owner = UcxRegionOwner(addresses)
     return getattr(state.owner, method)(*args)
+
+
+class UcxReader:
+    """Reads regions of a `lend_pattern` owner and says what came of it, for a process of its own."""
+
+    def __init__(self):
+        self.transport = UcxTransport(os.environ)
+        self.connections = {}
+
+    def connect(self, lent):
+        self.connections[lent.descriptor.region_id] = self.transport.connect(lent.owner, lent.descriptor)
+        return self.connections[lent.descriptor.region_id].path
+
+    def read(self, lent, generations, deadline_s):
+        """Read all pages; return (seconds, pages, refused, error, wrong pages)."""
+        layout = lent.descriptor.layout
+        local = PagedMemory.packed(np.zeros((layout.num_pages, layout.page_bytes), np.uint8))
+        arrived = []
+        pages = np.arange(layout.num_pages)
+        request = ReadRequest(pages, generations, local, pages)
+        began, error, refused = time.monotonic(), "", {}
+        try:
+            report = self.connections[lent.descriptor.region_id].read(
+                request, deadline=Deadline(deadline_s), on_group=lambda indices: arrived.extend(indices.tolist())
+            )
+            refused = report.refused
+        except TransportError as problem:
+            error = type(problem).__name__
+        seconds = time.monotonic() - began
+        wrong = [page for page in arrived if page_bytes_of(local, page) != pattern_page(page, layout.page_bytes)]
+        return seconds, len(arrived), {str(reason) for reason in refused.values()}, error, wrong
+
+
+def in_reading_peer(state, environ, method, *args):
+    if not hasattr(state, "reader"):
+        network = environ.pop("network", None)
+        if network is not None:
+            enter_network(network)
+        os.environ.update(environ)
+        state.reader = UcxReader()
+    return getattr(state.reader, method)(*args)
 
 
 class PeerUcxOwner:
     """A `UcxRegionOwner` in another process."""
 
+    def __init__(self, peer, environ=None, addresses=("127.0.0.1",)):
+        self.peer, self.environ, self.addresses = peer, environ or {}, addresses
+
+    def __getattr__(self, method):
+        return lambda *args: self.peer.call(in_ucx_peer, self.environ, self.addresses, method, *args)
+
+
+class PeerUcxReader:
+    """A `UcxReader` in another process."""
+
     def __init__(self, peer, environ=None):
         self.peer, self.environ = peer, environ or {}
 
     def __getattr__(self, method):
-        return lambda *args: self.peer.call(in_ucx_peer, self.environ, method, *args)
+        return lambda *args: self.peer.call(in_reading_peer, self.environ, method, *args)
+
+    def start(self, method, *args):
+        """Begin a call; `result` waits for it."""
+        self.peer.start(in_reading_peer, self.environ, method, *args)
+
+    def result(self):
+        return self.peer.result()
