@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
-from kvmarket.errors import InvalidInputError, MarketClosedError, MissingExtraError
+from kvmarket.errors import InvalidInputError, MarketClosedError, MissingExtraError, TransportUnavailableError
 from kvmarket.fetch import Fetcher
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory
+
+logger = logging.getLogger(__name__)
 
 
 def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
@@ -117,7 +120,7 @@ class MarketCore:
         with self._lock:
             owner = self.owner
             region = LentRegion(len(self._regions), owner.incarnation, pages, shared, self.namespace.spec.fingerprint)
-            endpoints = {server.scheme: server.serve(owner.incarnation) for server in self._servers}
+            endpoints = self._listen(owner.incarnation)
             for server in self._servers:
                 server.lend(region)
             self.registry.register_region(owner.owner, region.region_id, region.describe(endpoints).to_wire())
@@ -130,6 +133,19 @@ class MarketCore:
         if self.config.transport == "auto" and self.registry.local:
             return []
         return [transport for transport in transports if isinstance(transport, ServingTransport)]
+
+    def _listen(self, incarnation: bytes) -> dict[str, tuple[tuple[str, int], ...]]:
+        """Start the listeners of the transports that serve; ``auto`` does without one that cannot."""
+        endpoints = {}
+        for server in list(self._servers):
+            try:
+                endpoints[server.scheme] = server.serve(incarnation)
+            except TransportUnavailableError as error:
+                if self.config.transport != "auto":
+                    raise
+                logger.warning("kvmarket: other hosts cannot fetch from here: %s", error)
+                self._servers.remove(server)
+        return endpoints
 
     def publisher(self, region: LentRegion) -> Publisher:
         """Return a publisher for a lent region; it ends with this core."""

@@ -65,6 +65,8 @@ class Connection(ABC):
     scheme: str
     path: str
     """How the bytes really travel, for reports."""
+    immediate: bool = False
+    """A read copies memory and waits for nobody, so that an event loop may do a small one itself."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:

@@ -40,6 +40,7 @@ CONNECT_S = 1.0
 """For all addresses of an owner together."""
 ADDRESS_S = 0.6
 """For one of them."""
+PEERS_KEPT = 256
 PEER_BYTES_MAX = 32 << 20
 ALL_BYTES_MAX = 128 << 20
 
@@ -132,6 +133,7 @@ class UcxTransport(ServingTransport):
             PeerGoneError: another incarnation answers.
         """
         with self._lock:
+            self._prune()
             gate = self._connecting.setdefault(owner.incarnation, threading.Lock())
         with gate:
             peer = self._peers.get(owner.incarnation)
@@ -139,6 +141,17 @@ class UcxTransport(ServingTransport):
                 peer = self._open_peer(owner, endpoints, deadline)
                 self._peers[owner.incarnation] = peer
             return peer
+
+    def _prune(self) -> None:
+        """Forget the connections that are gone, when there are many."""
+        if len(self._connecting) < PEERS_KEPT:
+            return
+        gone = [key for key in self._connecting if key not in self._peers or self._peers[key].dead]
+        for incarnation in gone:
+            if not self._connecting[incarnation].locked():
+                del self._connecting[incarnation]
+                self._peers.pop(incarnation, None)
+                self._budgets.pop(incarnation, None)
 
     def budget(self, owner: OwnerInfo) -> ByteBudget:
         """The bytes in flight from one owner, within those of all."""

@@ -303,9 +303,11 @@ class UcxDriver:
             )
             return
         started.set_result(None)
-        while not self._stopping:
-            self._step()
-        self._worker_close()
+        try:
+            while not self._stopping:
+                self._step()
+        finally:  # whatever ends the loop, no worker outlives it that could still write somewhere
+            self._worker_close()
 
     def _open(self) -> None:
         self.context = self._make_context()

@@ -14,6 +14,8 @@ from kvmarket.testing.region_owner import Lent, RegionOwner, page_bytes_of, patt
 from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
 
+_CLONE_NEWNET, _CLONE_NEWNS, _MS_REC, _MS_SLAVE, _MNT_DETACH = 0x40000000, 0x00020000, 0x4000, 0x80000, 2
+
 
 class UcxRegionOwner(RegionOwner):
     """A region owner with a UCX listener. Its descriptors name no shared memory that a reader could map instead."""
@@ -45,14 +47,26 @@ class UcxRegionOwner(RegionOwner):
 
 
 def enter_network(name):
-    """Move this process, which must have one thread, into a named network namespace."""
+    """Move this process, which must have one thread, into a named network namespace, as ``ip netns exec`` does.
+
+    UCX looks for devices in /sys/class/net, which shows the namespace it was mounted in: it is mounted anew.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
+
+    def must(result, what):
+        if result:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{what}: {os.strerror(code)}")
+
     fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if libc.setns(fd, 0x40000000):  # CLONE_NEWNET
-            raise OSError(ctypes.get_errno(), f"setns {name}")
+        must(libc.setns(fd, _CLONE_NEWNET), f"setns {name}")
     finally:
         os.close(fd)
+    must(libc.unshare(_CLONE_NEWNS), "unshare mounts")
+    must(libc.mount(b"", b"/", b"none", _MS_SLAVE | _MS_REC, None), "mount --make-rslave /")
+    libc.umount2(b"/sys", _MNT_DETACH)
+    must(libc.mount(name.encode(), b"/sys", b"sysfs", 0, None), "mount /sys")
 
 
 def in_ucx_peer(state, environ, addresses, method, *args):
