@@ -5,57 +5,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import threading
 from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
-from kvmarket.errors import InvalidInputError, MarketClosedError, MissingExtraError, TransportUnavailableError
+from kvmarket.errors import InvalidInputError, MarketClosedError
 from kvmarket.fetch import Fetcher
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
+from kvmarket.reach import Listeners, make_transports
 from kvmarket.region.region import LentRegion
 from kvmarket.registry import Registry, open_registry
-from kvmarket.registry.host import boot_id, pid_namespace
-from kvmarket.transport import ServingTransport, Transport, TransportSelector
-from kvmarket.transport.inproc import InprocTransport, local_regions
-from kvmarket.transport.shm import ShmTransport
+from kvmarket.transport import TransportSelector
+from kvmarket.transport.inproc import local_regions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory
-
-logger = logging.getLogger(__name__)
-
-
-def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
-    """Return the backends that ``KVMARKET_TRANSPORT`` allows, in order.
-
-    ``auto`` has UCX when ucxx is installed, for owners that the others do not reach; it starts with the first of them.
-
-    Raises:
-        MissingExtraError: ``ucx`` is asked for and ucxx is not installed.
-    """
-    if config.transport == "inproc":
-        return [InprocTransport()]
-    shm = ShmTransport(boot_id(), pid_namespace())
-    if config.transport == "shm":
-        return [shm]
-    has_ucx = importlib.util.find_spec("ucxx") is not None
-    if config.transport == "ucx" and not has_ucx:
-        raise MissingExtraError("ucxx", "ucx")
-    if not has_ucx:
-        return [InprocTransport(), shm]
-    from kvmarket.transport.ucx import UcxTransport
-
-    addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
-    ucx = UcxTransport(environ, require=config.ucx_require, addresses=addresses)
-    return [ucx] if config.transport == "ucx" else [InprocTransport(), shm, ucx]
 
 
 class MarketCore:
@@ -88,7 +58,8 @@ class MarketCore:
         self.registry.open_namespace(namespace.digest, namespace.describe())
         transports = make_transports(self.config, os.environ)
         self.transports = TransportSelector(transports)
-        self._servers = self._serving(transports)
+        auto, local = self.config.transport == "auto", self.registry.local
+        self._listeners = Listeners(transports, auto=auto, this_host_only=local)
         self.fetcher = Fetcher(namespace, self.registry, self.transports, self.config, self.metrics)
 
     @property
@@ -119,33 +90,13 @@ class MarketCore:
             raise InvalidInputError(f"{len(shared)} shared memories for {len(pages.memories)} memories")
         with self._lock:
             owner = self.owner
+            endpoints = self._listeners.endpoints(owner.incarnation)
             region = LentRegion(len(self._regions), owner.incarnation, pages, shared, self.namespace.spec.fingerprint)
-            endpoints = self._listen(owner.incarnation)
-            for server in self._servers:
-                server.lend(region)
             self.registry.register_region(owner.owner, region.region_id, region.describe(endpoints).to_wire())
+            self._listeners.lend(region)
             local_regions.add(owner.incarnation, region)
             self._regions.append(region)
             return region
-
-    def _serving(self, transports: Sequence[Transport]) -> list[ServingTransport]:
-        """Those that must listen for readers of our regions: with ``auto`` only where other hosts can look us up."""
-        if self.config.transport == "auto" and self.registry.local:
-            return []
-        return [transport for transport in transports if isinstance(transport, ServingTransport)]
-
-    def _listen(self, incarnation: bytes) -> dict[str, tuple[tuple[str, int], ...]]:
-        """Start the listeners of the transports that serve; ``auto`` does without one that cannot."""
-        endpoints = {}
-        for server in list(self._servers):
-            try:
-                endpoints[server.scheme] = server.serve(incarnation)
-            except TransportUnavailableError as error:
-                if self.config.transport != "auto":
-                    raise
-                logger.warning("kvmarket: other hosts cannot fetch from here: %s", error)
-                self._servers.remove(server)
-        return endpoints
 
     def publisher(self, region: LentRegion) -> Publisher:
         """Return a publisher for a lent region; it ends with this core."""
@@ -172,8 +123,7 @@ class MarketCore:
         for publisher in self._publishers:
             publisher.close()
         self.fetcher.close()
-        for server in self._servers:
-            server.stop_serving()  # before the regions' memory goes
+        self._listeners.close()  # before the memory of the regions goes
         self.transports.close()
         for region in self._regions:
             region.close()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.core import make_transports
+from kvmarket.reach import make_transports
 from kvmarket.errors import KVMarketError
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvmarket import MarketConfig, Marketplace, core
+from kvmarket import MarketConfig, Marketplace, core, reach
 from kvmarket.deadline import Deadline
 from kvmarket.errors import ConfigError, MissingExtraError, RegistryProtocolError, TransportUnavailableError
 from kvmarket.identity import ModelIdentity, Namespace
@@ -82,7 +82,7 @@ async def test_auto_prefers_shared_memory_on_one_host_and_does_not_listen(peers,
 async def test_auto_takes_ucx_when_the_owner_is_on_another_host(peers, settings, monkeypatch):
     """The kernel's identity is what tells hosts apart; a reader that has another one is on another host."""
     peers.spawn().call(publish_in_peer, {**settings, "transport": "ucx"})
-    monkeypatch.setattr(core, "boot_id", lambda: "another-kernel")
+    monkeypatch.setattr(reach, "boot_id", lambda: "another-kernel")
     assert (await fetch(settings)).transport == "ucx"
 
 
@@ -108,15 +108,15 @@ def test_a_registry_that_other_hosts_read_makes_auto_listen():
         local = False
 
     market = core.MarketCore(NAMESPACE, registry=Shared())
-    assert [server.scheme for server in market._servers] == ["ucx"]
+    assert market._listeners.schemes == ("ucx",)
     market.close()
 
 
 def test_ucx_without_ucxx_names_the_extra(monkeypatch):
-    monkeypatch.setattr(core.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reach.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"kvmarket\[ucx\]"):
-        core.make_transports(MarketConfig(transport="ucx"), {})
-    assert [transport.scheme for transport in core.make_transports(MarketConfig(), {})] == ["inproc", "shm"]
+        reach.make_transports(MarketConfig(transport="ucx"), {})
+    assert [transport.scheme for transport in reach.make_transports(MarketConfig(), {})] == ["inproc", "shm"]
 
 
 def test_importing_kvmarket_loads_no_ucx():
