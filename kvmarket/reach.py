@@ -40,7 +40,7 @@ def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Tr
         raise MissingExtraError("ucxx", "ucx")
     if not has_ucx:
         return [InprocTransport(), shm]
-    from kvmarket.transport.ucx import UcxTransport  # noqa: PLC0415 - only where it is used
+    from kvmarket.transport.ucx import UcxTransport
 
     addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
     ucx = UcxTransport(environ, require=config.ucx_require, addresses=addresses)

@@ -1,8 +1,8 @@
 """Between hosts, and between processes that cannot map each other's memory: UCX, over whatever lanes it finds.
 
-An owner listens and serves the regions it lends; a reader connects by the addresses in the region's descriptor. Two ways
-to read give the same reports: *one-sided*, where lanes can read remote memory without the owner's CPU (RDMA, CMA), and
-*two-sided*, where the owner sends pages in place as one scatter/gather message.
+An owner listens and serves the regions it lends; a reader connects by the addresses in the region's descriptor. Two
+ways to read give the same reports: *one-sided*, where lanes can read remote memory without the owner's CPU (RDMA, CMA),
+and *two-sided*, where the owner sends pages in place as one scatter/gather message.
 """
 
 from __future__ import annotations
@@ -10,17 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-
-import numpy as np
+from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import ConnectError, InvalidInputError, PeerGoneError, TransportUnavailableError
-from kvmarket.identity import OwnerInfo
-from kvmarket.region.descriptor import RegionDescriptor
-from kvmarket.region.region import LentRegion
 from kvmarket.report import TransferReport
 from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, ServingTransport
 from kvmarket.transport.ucx_api import version as ucx_version
@@ -29,10 +25,19 @@ from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import local_iov
 from kvmarket.transport.ucx_peer import GroupResult, Peer, Transfer
 from kvmarket.transport.ucx_read import GroupedRead
-from kvmarket.transport.ucx_rma import OneSidedRead, RemoteRegion
+from kvmarket.transport.ucx_rma import OneSidedRead, RemoteGroup, RemoteRegion
 from kvmarket.transport.ucx_server import UcxServer
 from kvmarket.transport.ucx_settings import lanes_text, missing_requirement, reads_one_sided, ucx_settings
-from kvmarket.transport.ucx_wire import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.region.region import LentRegion
+    from kvmarket.transport.ucx_wire import Region
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +93,8 @@ class UcxTransport(ServingTransport):
         with self._lock:
             if self._closed:
                 raise TransportUnavailableError("this transport is closed", scheme=self.scheme)
+            if self._driver is not None and not self._driver.alive:
+                raise TransportUnavailableError("the UCX driver has stopped", scheme=self.scheme)
             if self._driver is None:
                 self._driver = UcxDriver(self.settings)
                 self.settings = self._driver.settings
@@ -106,8 +113,8 @@ class UcxTransport(ServingTransport):
 
     def lend(self, region: LentRegion) -> None:
         """Serve a region; `serve` must have been called."""
-        assert self._server is not None
-        self._server.add(region)
+        if self._server is not None:
+            self._server.add(region)
 
     def stop_serving(self) -> None:
         """Drop every reader; when it returns, no region's memory is touched any more. Idempotent."""
@@ -169,13 +176,13 @@ class UcxTransport(ServingTransport):
                 peer.ready.result(min(ADDRESS_S, deadline.remaining_s))
             except FutureTimeoutError:
                 reasons.append(f"{address}:{port} does not answer")
-                self.driver.submit(lambda peer=peer: peer.close("it did not answer"))
+                self.driver.submit(partial(peer.close, "it did not answer"))
                 continue
             except (ConnectError, TransportUnavailableError) as error:
                 reasons.append(f"{address}:{port}: {error}")
                 continue
             if missing := missing_requirement(self._require, peer.lanes):
-                self.driver.submit(lambda peer=peer: peer.close("lanes refused"))
+                self.driver.submit(partial(peer.close, "lanes refused"))
                 raise TransportUnavailableError(missing, scheme=self.scheme, peer=str(owner))
             logger.debug("kvmarket: UCX lanes to %s: %s", owner, lanes_text(peer.lanes))
             return peer
@@ -223,16 +230,16 @@ class UcxConnection(Connection):
             if self._peer is None or self._peer.dead:
                 peer = self._transport.peer(self._owner, self._endpoints, deadline)
                 one_sided = self._transport.uses_one_sided(peer)
-                remote = self._describe(peer, one_sided, deadline)
+                remote = self._describe(peer, deadline, keys=one_sided)
                 kind = "rma" if one_sided else "am"
                 self._peer, self._remote, self.path = peer, remote, f"{kind}({lanes_text(peer.lanes)})"
             return self._peer, self._remote
 
-    def _describe(self, peer: Peer, keys: bool, deadline: Deadline) -> RemoteRegion | None:
+    def _describe(self, peer: Peer, deadline: Deadline, *, keys: bool) -> RemoteRegion | None:
         """Ask the owner for the region's probe bytes and keys; they must be the announced ones."""
         driver, wanted = self._transport.driver, self._descriptor
         answer: Future[Region] = Future()
-        driver.submit(lambda: peer.describe(wanted.region_id, keys, answer))
+        driver.submit(lambda: peer.describe(wanted.region_id, answer, keys=keys))
         try:
             region = answer.result(max(deadline.remaining_s, 0.05))
         except FutureTimeoutError as error:
@@ -270,7 +277,7 @@ class UcxConnection(Connection):
     def _starter(
         self, peer: Peer, remote: RemoteRegion | None, request: ReadRequest
     ) -> Callable[[np.ndarray, Callable[[GroupResult], None]], Transfer]:
-        driver, region = self._transport.driver, self._descriptor.region_id
+        region = self._descriptor.region_id
 
         def start(indices: np.ndarray, finish: Callable[[GroupResult], None]) -> Transfer:
             pages, generations = request.pages[indices], request.generations[indices]
@@ -278,14 +285,8 @@ class UcxConnection(Connection):
             if remote is None or peer.endpoint is None:
                 return peer.read(region, pages, generations, iov, finish)
             endpoint = peer.endpoint
-            transfer = peer.one_sided(
-                lambda number: OneSidedRead(
-                    number, driver, endpoint, peer, remote, pages, generations, iov, finish
-                )
-            )
-            if not transfer.ended:
-                transfer.start()  # type: ignore[attr-defined]
-            return transfer
+            group = RemoteGroup(remote, pages, generations, iov)
+            return peer.one_sided(lambda number: OneSidedRead(number, peer, endpoint, group, finish))
 
         return start
 
@@ -302,4 +303,3 @@ class UcxConnection(Connection):
 
     def close(self) -> None:
         """The peer's connection is shared by its regions and goes with the transport."""
-

@@ -1,7 +1,7 @@
 """The part of UCX's C interface that kvmarket calls, through ctypes: active messages, RMA, endpoint queries.
 
-`ucxx` makes the context, worker, listener and endpoints and exposes their handles as integers; what it does not offer in
-Python (scatter/gather lists, one-sided reads, lanes) is called here on those handles. Nothing in this module knows
+`ucxx` makes the context, worker, listener and endpoints and exposes their handles as integers; what it does not offer
+in Python (scatter/gather lists, one-sided reads, lanes) is called here on those handles. Nothing in this module knows
 kvmarket's messages. Structures and constants: ucp/api/ucp.h and ucp_def.h of UCX 1.19 and later; every structure starts
 with a mask of the fields that are set, so later versions only append.
 """
@@ -15,6 +15,7 @@ UCS_OK = 0
 UCS_INPROGRESS = 1
 UCS_ERR_BUSY = -15
 UCS_ERR_CANCELED = -16
+_UCS_ERR_LAST = -100
 
 DATATYPE_IOV = 2
 OP_FIELD_DATATYPE = 1 << 3
@@ -64,9 +65,7 @@ class AmRecvParam(c.Structure):
     _fields_ = (("recv_attr", c.c_uint64), ("reply_ep", c.c_void_p))
 
 
-AmCallback = c.CFUNCTYPE(
-    c.c_int, c.c_void_p, c.c_void_p, c.c_size_t, c.c_void_p, c.c_size_t, c.POINTER(AmRecvParam)
-)
+AmCallback = c.CFUNCTYPE(c.c_int, c.c_void_p, c.c_void_p, c.c_size_t, c.c_void_p, c.c_size_t, c.POINTER(AmRecvParam))
 """``ucp_am_recv_callback_t``: (argument, header, header length, data, length, parameters) -> status."""
 
 
@@ -180,7 +179,7 @@ def pointer_status(pointer: int | None) -> int | None:
     if not pointer:
         return UCS_OK
     signed = c.c_int64(pointer).value
-    return signed if -128 < signed < 0 else None
+    return signed if _UCS_ERR_LAST <= signed < 0 else None
 
 
 def set_am_handler(worker: int, message_id: int, callback: c._FuncPointer) -> None:
@@ -194,8 +193,7 @@ def map_memory(context: int, address: int, nbytes: int) -> int:
     handle = c.c_void_p()
     param = _MemMapParams(_MEM_MAP_ADDRESS | _MEM_MAP_LENGTH, address, nbytes, 0, 0, 0, None)
     check("ucp_mem_map", libucp().ucp_mem_map(context, c.byref(param), c.byref(handle)))
-    assert handle.value is not None
-    return handle.value
+    return handle.value or 0
 
 
 def pack_rkey(context: int, memory: int) -> bytes:
@@ -213,8 +211,7 @@ def unpack_rkey(endpoint: int, packed: bytes) -> int:
     """Return a handle of a peer's packed key, usable on this endpoint; destroy it before the endpoint closes."""
     handle = c.c_void_p()
     check("ucp_ep_rkey_unpack", libucp().ucp_ep_rkey_unpack(endpoint, packed, c.byref(handle)))
-    assert handle.value is not None
-    return handle.value
+    return handle.value or 0
 
 
 def lanes(endpoint: int) -> tuple[tuple[str, str], ...]:

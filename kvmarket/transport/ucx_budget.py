@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
-from kvmarket.deadline import Deadline
+if TYPE_CHECKING:
+    from kvmarket.deadline import Deadline
 
 _LOOK_S = 0.02
 """How often a waiter looks whether its deadline was cancelled."""

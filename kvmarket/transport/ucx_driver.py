@@ -1,7 +1,8 @@
-"""One thread that owns a UCX worker: it progresses it, sleeps on its epoll descriptor when idle, and runs everybody's calls.
+"""One thread that owns a UCX worker: progresses it, sleeps on its epoll descriptor when idle, runs everybody's calls.
 
-Nothing else touches UCX, so no call here needs a lock. Callbacks that UCX makes while it progresses only note what came;
-handlers run afterwards, in the driver's loop. An idle driver uses no CPU: it is armed and blocks in ``epoll_wait``.
+Nothing else touches UCX, so no call here needs a lock. Callbacks that UCX makes while it progresses only note what
+came; handlers run afterwards, in the driver's loop. An idle driver uses no CPU: it is armed and blocks in
+``epoll_wait``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,13 +24,16 @@ from kvmarket.errors import MissingExtraError, TransportUnavailableError
 from kvmarket.transport import ucx_api as api
 from kvmarket.transport.ucx_wire import DATA_HEADER_BYTES, MESSAGE_BYTES_MAX
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONTROL_ID, DATA_ID = 17, 18
 """Active message ids; ucxx itself uses 0."""
 RENDEZVOUS_BYTES = 16 << 10
-"""Data messages from this size on are pulled by the receiver straight into place; shorter ones travel inside the message."""
+"""Data messages from this size on go straight into place by rendezvous; shorter ones travel inside the message."""
 TICK_S = 0.05
 START_S = 30.0
 PROGRESS_MAX = 64
@@ -68,6 +71,15 @@ class Endpoint:
         self.closed = False
         self.failed: str | None = None
         self.operations: set[_Operation] = set()
+
+
+Piece = tuple[int, int, int, int]
+"""Of a one-sided read: local address, bytes, remote address, handle of the remote key."""
+
+
+def _ignore(status: int) -> None:
+    """A control message that cannot be sent shows as the end of its endpoint."""
+    del status
 
 
 class _Operation:
@@ -148,7 +160,7 @@ class UcxDriver:
         return self._thread.is_alive()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Close every endpoint and stop the thread. After it nothing of UCX's touches memory. Any other thread; idempotent."""
+        """Close every endpoint and stop the thread: nothing of UCX's touches memory then. Other threads; idempotent."""
         if self._thread.is_alive():
             self.submit(self._stop)
             self._thread.join(timeout_s)
@@ -161,7 +173,11 @@ class UcxDriver:
         return self._adopt(raw, handler)
 
     def listen(self, accept: Callable[[Endpoint], Handler]) -> Any:
-        """Listen on a free port of every address; `accept` gives each new connection its handler. Returns ucxx's listener."""
+        """Listen on a free port of every address and return ucxx's listener.
+
+        Args:
+            accept: gives each new connection its handler.
+        """
         listener: Any = None
 
         def on_request(request: int) -> None:
@@ -215,10 +231,20 @@ class UcxDriver:
         request = self._lib.ucp_am_send_nbx(
             endpoint.handle, CONTROL_ID, None, 0, c.addressof(buffer), len(data), c.byref(param)
         )
-        self._track(endpoint, request, lambda status: None, buffer)
+        self._track(endpoint, request, _ignore, buffer)
 
     def send_data(self, endpoint: Endpoint, header: bytes, iov: np.ndarray, done: Callable[[int], None]) -> None:
-        """Send memory in place: `iov` is (n, 2) uint64, addresses and lengths. `done(status)` when it may change again."""
+        """Send memory in place.
+
+        Args:
+            endpoint: where to.
+            header: at most `DATA_HEADER_BYTES` that go with it.
+            iov: (n, 2) uint64 addresses and lengths.
+            done: called with the status when the memory may change again.
+        """
+        if endpoint.closed:
+            done(api.UCS_ERR_CANCELED)
+            return
         rendezvous = int(iov[:, 1].sum()) >= RENDEZVOUS_BYTES
         flags = api.AM_SEND_REPLY | api.AM_SEND_COPY_HEADER | (api.AM_SEND_RNDV if rendezvous else api.AM_SEND_EAGER)
         param = api.RequestParam(
@@ -230,7 +256,18 @@ class UcxDriver:
         self._track(endpoint, request, done, iov)
 
     def receive(self, endpoint: Endpoint, payload: Payload, iov: np.ndarray, done: Callable[[int], None]) -> None:
-        """Put a data message into memory given as `iov`, whose lengths must add up to the payload's. `done(status)` after."""
+        """Put a data message into memory.
+
+        Args:
+            endpoint: where it came from.
+            payload: as it was handed to `Handler.on_data`.
+            iov: (n, 2) uint64 addresses and lengths that add up to the payload's length.
+            done: called with the status when nothing writes there any more.
+        """
+        if endpoint.closed:
+            self.drop(payload)
+            done(api.UCS_ERR_CANCELED)
+            return
         if payload.data is not None:
             source = np.frombuffer(payload.data, np.uint8).ctypes.data
             for address, nbytes in iov.tolist():
@@ -238,13 +275,9 @@ class UcxDriver:
                 source += nbytes
             done(api.UCS_OK)
             return
-        param = api.RequestParam(
-            op_attr_mask=api.OP_FIELD_DATATYPE | api.OP_NO_IMMEDIATE, datatype=api.DATATYPE_IOV
-        )
+        param = api.RequestParam(op_attr_mask=api.OP_FIELD_DATATYPE | api.OP_NO_IMMEDIATE, datatype=api.DATATYPE_IOV)
         descriptor, payload.descriptor = payload.descriptor, None
-        request = self._lib.ucp_am_recv_data_nbx(
-            self._worker, descriptor, iov.ctypes.data, len(iov), c.byref(param)
-        )
+        request = self._lib.ucp_am_recv_data_nbx(self._worker, descriptor, iov.ctypes.data, len(iov), c.byref(param))
         self._track(endpoint, request, done, iov)
 
     def drop(self, payload: Payload) -> None:
@@ -253,10 +286,12 @@ class UcxDriver:
             self._lib.ucp_am_data_release(self._worker, payload.descriptor)
             payload.descriptor = None
 
-    def get(
-        self, endpoint: Endpoint, local: int, nbytes: int, remote: int, rkey: int, done: Callable[[int], None]
-    ) -> None:
-        """Read a peer's registered memory one-sidedly into [local, local + nbytes). `done(status)` after."""
+    def get(self, endpoint: Endpoint, piece: Piece, done: Callable[[int], None]) -> None:
+        """Read a piece of a peer's registered memory; `done(status)` when nothing writes to the local end any more."""
+        if endpoint.closed:
+            done(api.UCS_ERR_CANCELED)
+            return
+        local, nbytes, remote, rkey = piece
         request = self._lib.ucp_get_nbx(endpoint.handle, local, nbytes, remote, rkey, self._get_param)
         if not request:
             done(api.UCS_OK)
@@ -268,8 +303,7 @@ class UcxDriver:
         if status is not None:
             done(status)
             return
-        assert request is not None
-        operation = _Operation(endpoint, request, done, keep)
+        operation = _Operation(endpoint, request or 0, done, keep)
         endpoint.operations.add(operation)
         self._operations.add(operation)
 
@@ -295,7 +329,7 @@ class UcxDriver:
     def _run(self, started: Future[None]) -> None:
         try:
             self._open()
-        except Exception as error:  # noqa: BLE001 - ucxx raises its own kinds; the constructor reports them
+        except Exception as error:  # noqa: BLE001 - ucxx has an exception per status; the constructor reports it
             started.set_exception(
                 TransportUnavailableError(f"UCX does not start: {error}", scheme="ucx")
                 if not isinstance(error, TransportUnavailableError)
@@ -327,11 +361,11 @@ class UcxDriver:
         features = (self._ucxx.Feature.WAKEUP, self._ucxx.Feature.AM, self._ucxx.Feature.RMA)
         try:
             return self._ucxx.UCXContext(self.settings, features)
-        except Exception:  # noqa: BLE001 - ucxx has an exception per status; the attempt without it tells
+        except Exception:  # noqa: BLE001 - ucxx has an exception per status; the attempts below tell
             for name in list(self.settings):
                 try:
                     self._ucxx.UCXContext({name: self.settings[name]}, features)
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:  # noqa: BLE001 - as above
                     logger.debug("kvmarket: UCX does not take UCX_%s: %s", name, error)
                     del self.settings[name]
             return self._ucxx.UCXContext(self.settings, features)
@@ -385,8 +419,9 @@ class UcxDriver:
             self.disconnect(endpoint, why)
         return worked
 
-    def _on_control(self, _: int, header: int, header_length: int, data: int, length: int, param: Any) -> int:
+    def _on_control(self, *arguments: Any) -> int:
         """UCX's callback: note a control message. One that is too long is noted without its bytes and so refused."""
+        _, _, _, data, length, param = arguments
         rendezvous = bool(param.contents.recv_attr & api.AM_RECV_RNDV)
         content = b"" if rendezvous or length > MESSAGE_BYTES_MAX or not length else c.string_at(data, length)
         self._inbox.append((CONTROL_ID, param.contents.reply_ep or 0, b"", Payload(length, content, None)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.region.pages import PagedMemory, PageLayout
+if TYPE_CHECKING:
+    from kvmarket.region.pages import PagedMemory, PageLayout
 
 PIECES_MAX = 8192
 """Entries of one list; page groups are cut so that neither side has more."""
@@ -14,7 +16,12 @@ PIECES_MAX = 8192
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Contiguous runs of bytes in page order: `iov` (n, 2) uint64 addresses and lengths, `memory` (n,) which memory each is in."""
+    """Contiguous runs of bytes in page order.
+
+    Attributes:
+        iov: (n, 2) uint64 addresses and lengths.
+        memory: (n,) int64: which memory each is in.
+    """
 
     iov: np.ndarray
     memory: np.ndarray

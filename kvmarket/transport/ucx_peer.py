@@ -7,11 +7,9 @@ memory: that is the promise `Connection.read` rests on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from kvmarket.errors import ConnectError, PeerGoneError, TransportError, TransportUnavailableError
 from kvmarket.transport import ucx_api as api
@@ -34,6 +32,11 @@ from kvmarket.transport.ucx_wire import (
     decode_data_header,
     encode,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
 
 HEARTBEAT_S = 0.9
 """A peer that owes an answer and is silent this long, in ticks this process really had, is given up."""
@@ -63,6 +66,9 @@ class Transfer:
         self.writing = 0
         """Operations that UCX has not completed and that write to local memory."""
         self.result: GroupResult | None = None
+
+    def start(self) -> None:
+        """Begin, where the transfer begins by itself."""
 
     def end(self, result: GroupResult) -> None:
         """End as soon as nothing writes any more; the first result counts, an error over all others."""
@@ -97,7 +103,7 @@ class Peer:
     """One owner's incarnation, reached through one endpoint. Create, then `start` on the driver's thread."""
 
     def __init__(self, driver: UcxDriver, incarnation: bytes, address: str, port: int) -> None:
-        self._driver, self._incarnation = driver, incarnation
+        self.driver, self._incarnation = driver, incarnation
         self.address, self.port = address, port
         self.endpoint: Endpoint | None = None
         self.lanes: tuple[tuple[str, str], ...] = ()
@@ -112,8 +118,8 @@ class Peer:
     def start(self) -> None:
         """Connect and introduce this process; `ready` tells when that is done or has failed."""
         try:
-            self.endpoint = self._driver.connect(self.address, self.port, self)
-        except Exception as error:  # noqa: BLE001 - ucxx has an exception per UCX status; all mean the same here
+            self.endpoint = self.driver.connect(self.address, self.port, self)
+        except Exception as error:  # noqa: BLE001 - ucxx has an exception per status; all mean the same here
             self.on_closed(f"cannot connect: {error}")
             return
         self._send(Hello(VERSION_MIN, VERSION_MAX, self._incarnation))
@@ -122,11 +128,11 @@ class Peer:
     def close(self, why: str) -> None:
         """End the connection now; every transfer ends before this returns."""
         if self.endpoint is not None:
-            self._driver.disconnect(self.endpoint, why)
+            self.driver.disconnect(self.endpoint, why)
 
     # ---- what a reader asks for
 
-    def describe(self, region: int, keys: bool, answer: Future[Region]) -> None:
+    def describe(self, region: int, answer: Future[Region], *, keys: bool) -> None:
         """Ask the owner about a region."""
         if self.dead:
             answer.set_exception(self._gone())
@@ -137,7 +143,11 @@ class Peer:
         self._watch()
 
     def read(
-        self, region: int, pages: np.ndarray, generations: np.ndarray, iov: np.ndarray,
+        self,
+        region: int,
+        pages: np.ndarray,
+        generations: np.ndarray,
+        iov: np.ndarray,
         finish: Callable[[GroupResult], None],
     ) -> Transfer:
         """Ask for a group of pages, to be put into `iov`."""
@@ -147,9 +157,10 @@ class Peer:
         return transfer
 
     def one_sided(self, make: Callable[[int], Transfer]) -> Transfer:
-        """Enter a transfer of another kind, so that it is watched and ends with the peer."""
+        """Start a transfer of another kind, so that it is watched and ends with the peer."""
         transfer = make(next(self._numbers))
-        self._enter(transfer)
+        if self._enter(transfer):
+            transfer.start()
         return transfer
 
     def abandon(self, transfer: Transfer) -> None:
@@ -201,10 +212,10 @@ class Peer:
         self.heard()
         transfer = self._transfers.get(decode_data_header(header) or 0)
         if not isinstance(transfer, TwoSidedRead) or transfer.result is not None or self.endpoint is None:
-            self._driver.drop(payload)
+            self.driver.drop(payload)
             return
         if payload.length != transfer.nbytes or transfer.arrived or transfer.writing:
-            self._driver.drop(payload)
+            self.driver.drop(payload)
             self.close(f"the owner sent {payload.length} bytes where {transfer.nbytes} were asked for")
             return
 
@@ -219,7 +230,7 @@ class Peer:
                 transfer.end(GroupResult(error=api.status_text(status)))
 
         transfer.writing += 1
-        self._driver.receive(self.endpoint, payload, transfer.iov, done)
+        self.driver.receive(self.endpoint, payload, transfer.iov, done)
 
     def on_closed(self, why: str) -> None:
         """End everything: the connection is gone, and with it every operation."""
@@ -227,7 +238,7 @@ class Peer:
         for rkey in self.rkeys:
             api.libucp().ucp_rkey_destroy(rkey)
         self.rkeys.clear()
-        self._driver.tickers.discard(self.tick)
+        self.driver.tickers.discard(self.tick)
         if not self.ready.done():
             self.ready.set_exception(ConnectError(why, scheme="ucx", peer=f"{self.address}:{self.port}"))
         for answer in self._describes.values():
@@ -243,7 +254,7 @@ class Peer:
         if not VERSION_MIN <= message.version <= VERSION_MAX:
             self.close(f"the owner chose version {message.version}, which was not offered")
         elif self.endpoint is not None and not self.ready.done():
-            self.lanes = self._driver.lanes(self.endpoint)
+            self.lanes = self.driver.lanes(self.endpoint)
             self.ready.set_result(None)
 
     def _refused(self, message: Refused) -> None:
@@ -266,6 +277,7 @@ class Peer:
 
     def tick(self, now: float) -> None:
         """Every 50 ms while an answer is owed. Counted in ticks, so that a pause of this process blames nobody."""
+        del now
         self._silent_ticks += 1
         if self._silent_ticks > _SILENT_TICKS_MAX:
             self.close(f"no answer for {HEARTBEAT_S:g} s")
@@ -273,14 +285,14 @@ class Peer:
             self._send(Ping())
 
     def _watch(self) -> None:
-        if self.tick not in self._driver.tickers:
+        if self.tick not in self.driver.tickers:
             self._silent_ticks = 0
-            self._driver.tickers.add(self.tick)
+            self.driver.tickers.add(self.tick)
 
     def _unwatch(self) -> None:
         if self.ready.done() and not self._transfers and not self._describes:
-            self._driver.tickers.discard(self.tick)
+            self.driver.tickers.discard(self.tick)
 
     def _send(self, message: Message) -> None:
         if self.endpoint is not None:
-            self._driver.send_control(self.endpoint, encode(message))
+            self.driver.send_control(self.endpoint, encode(message))

@@ -11,17 +11,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError
 from kvmarket.report import MissReason
-from kvmarket.transport.base import OnGroup, ReadRequest
-from kvmarket.transport.ucx_budget import ByteBudget
-from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import PIECES_MAX
 from kvmarket.transport.ucx_peer import GroupResult, Peer, Transfer
+
+if TYPE_CHECKING:
+    from kvmarket.deadline import Deadline
+    from kvmarket.transport.base import OnGroup, ReadRequest
+    from kvmarket.transport.ucx_budget import ByteBudget
+    from kvmarket.transport.ucx_driver import UcxDriver
 
 GROUP_BYTES = 4 << 20
 WINDOW = 2
@@ -115,7 +118,8 @@ class GroupedRead:
         pages = self.request.pages[indices]
         inside = (pages >= 0) & (pages < self.remote_pages)
         self.refused.update(dict.fromkeys(indices[~inside].tolist(), MissReason.STALE_GENERATION))
-        return indices[inside]
+        known: np.ndarray = indices[inside]
+        return known
 
     def _launch(self, indices: np.ndarray, *, next_in_order: bool = False) -> bool:
         """Start reading pages; False when the deadline came before there was room for their bytes."""
@@ -164,8 +168,7 @@ class GroupedRead:
             self._report(self._order.popleft())
 
     def _report(self, group: _Group) -> None:
-        result = group.result
-        assert result is not None
+        result = group.result or GroupResult(error="abandoned")
         if result.error == "abandoned":
             self.refused.update(dict.fromkeys(group.indices.tolist(), MissReason.DEADLINE))
             return

@@ -6,18 +6,23 @@ between the two looks is never mistaken for the live one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmarket.errors import InvalidInputError, TransportUnavailableError
-from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.generations import VALUES_OFFSET, table_header
 from kvmarket.transport import ucx_api as api
-from kvmarket.transport.ucx_driver import Endpoint, UcxDriver
 from kvmarket.transport.ucx_iov import Runs, cut, page_runs
 from kvmarket.transport.ucx_peer import GroupResult, Peer, Transfer
-from kvmarket.transport.ucx_wire import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.transport.ucx_driver import Endpoint, Piece
+    from kvmarket.transport.ucx_wire import Region
 
 WINDOW_GAP = 512
 """Counters between two wanted ones that are read along rather than asked for separately."""
@@ -31,7 +36,6 @@ class RemoteRegion:
     """
 
     def __init__(self, peer: Peer, incarnation: bytes, descriptor: RegionDescriptor, answer: Region) -> None:
-        assert peer.endpoint is not None
         self.layout = descriptor.layout
         self.header = table_header(incarnation, descriptor.layout.num_pages, descriptor.probe)
         try:
@@ -46,7 +50,8 @@ class RemoteRegion:
 
     @staticmethod
     def _unpack(peer: Peer, packed: bytes) -> int:
-        assert peer.endpoint is not None
+        if peer.endpoint is None or peer.endpoint.closed:
+            raise TransportUnavailableError("the connection is gone", scheme="ucx")
         try:
             key = api.unpack_rkey(peer.endpoint.handle, packed)
         except api.UcxError as error:
@@ -59,41 +64,43 @@ class RemoteRegion:
         return page_runs(self.layout, self.bases, pages)
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteGroup:
+    """Pages of a region, the generations announced for them, and the (n, 2) scatter/gather list of where they go."""
+
+    region: RemoteRegion
+    pages: np.ndarray
+    generations: np.ndarray
+    iov: np.ndarray
+
+
 class OneSidedRead(Transfer):
     """The read of one group: three rounds of gets, each waiting for the one before."""
 
     def __init__(
         self,
         number: int,
-        driver: UcxDriver,
-        endpoint: Endpoint,
         peer: Peer,
-        region: RemoteRegion,
-        pages: np.ndarray,
-        generations: np.ndarray,
-        iov: np.ndarray,
+        endpoint: Endpoint,
+        group: RemoteGroup,
         finish: Callable[[GroupResult], None],
     ) -> None:
         super().__init__(number, finish)
-        self._driver, self._endpoint, self._peer, self._region = driver, endpoint, peer, region
-        self._pages, self._generations, self._iov = pages, generations, iov
-        wanted = np.unique(pages)
+        self._driver, self._endpoint, self._peer, self._region = peer.driver, endpoint, peer, group.region
+        self._pages, self._generations, self._iov = group.pages, group.generations, group.iov
+        wanted = np.unique(group.pages)
         starts = np.concatenate(([0], np.flatnonzero(np.diff(wanted) > WINDOW_GAP) + 1))
         ends = np.concatenate((starts[1:], [len(wanted)])) - 1
         self._windows = [(int(wanted[a]), int(wanted[b]) + 1) for a, b in zip(starts, ends, strict=True)]
         self._offsets = np.cumsum([0] + [stop - start for start, stop in self._windows])
         self._table = np.empty(int(self._offsets[-1]), np.uint64)
-        self._header = np.empty(len(region.header), np.uint8)
+        self._header = np.empty(len(group.region.header), np.uint8)
         self._status = api.UCS_OK
         self._next: Callable[[], None] = self._got_before
 
     def start(self) -> None:
         """Begin; on the driver's thread."""
         self._read_table(self._got_before)
-
-    def _get(self, local: int, nbytes: int, remote: int, key: int) -> None:
-        self.writing += 1
-        self._driver.get(self._endpoint, local, nbytes, remote, key, self._done)
 
     def _done(self, status: int) -> None:
         self._peer.heard()
@@ -109,12 +116,13 @@ class OneSidedRead(Transfer):
         else:
             self._next()
 
-    def _round(self, gets: list[tuple[int, int, int, int]], following: Callable[[], None]) -> None:
+    def _round(self, gets: list[Piece], following: Callable[[], None]) -> None:
         """Post gets, then go on with `following`; one extra is counted so that none ends the round early."""
         self._next = following
         self.writing += 1
-        for local, nbytes, remote, key in gets:
-            self._get(local, nbytes, remote, key)
+        for piece in gets:
+            self.writing += 1
+            self._driver.get(self._endpoint, piece, self._done)
         self._done(api.UCS_OK)
 
     def _read_table(self, following: Callable[[], None]) -> None:
@@ -130,7 +138,8 @@ class OneSidedRead(Transfer):
         """(n,) uint64: the generations just read of the wanted pages."""
         starts = np.array([start for start, _ in self._windows])
         window = np.searchsorted(starts, self._pages, side="right") - 1
-        return self._table[self._offsets[window] + (self._pages - starts[window])]
+        current: np.ndarray = self._table[self._offsets[window] + (self._pages - starts[window])]
+        return current
 
     def _got_before(self) -> None:
         odd = (self._generations & np.uint64(1)) != 0

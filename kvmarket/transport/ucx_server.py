@@ -8,14 +8,12 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmarket.region.generations import memory_fence, readable
-from kvmarket.region.region import LentRegion
 from kvmarket.transport import ucx_api as api
-from kvmarket.transport.ucx_driver import Endpoint, Payload, UcxDriver
 from kvmarket.transport.ucx_iov import PIECES_MAX, local_iov
 from kvmarket.transport.ucx_wire import (
     VERSION_MAX,
@@ -36,6 +34,10 @@ from kvmarket.transport.ucx_wire import (
     encode,
     encode_data_header,
 )
+
+if TYPE_CHECKING:
+    from kvmarket.region.region import LentRegion
+    from kvmarket.transport.ucx_driver import Endpoint, Payload, UcxDriver
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class UcxServer:
         return session
 
     def close(self) -> None:
-        """Stop listening, drop every reader, and touch no region's memory after it returns. Any other thread; idempotent."""
+        """Stop listening and drop every reader; no region's memory is touched after it. Other threads; idempotent."""
         if self.driver.alive:
             self.driver.call(self._close, CALL_S)
 
@@ -159,6 +161,7 @@ class ServerSession:
 
     def on_data(self, header: bytes, payload: Payload) -> None:
         """Readers send no data."""
+        del header
         self._driver.drop(payload)
         self._driver.disconnect(self.endpoint, "a reader sent data")
 

@@ -6,13 +6,16 @@ They are handed to the UCX context; the process's environment is not touched. Wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULTS: dict[str, str] = {
     # Shared memory and CMA take part in connections that detect a dead peer only with these two.
     "MM_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
-    # ucxx restricts rendezvous to one rail and stages fragments in GPU memory: ten times slower between hosts' memories.
+    # ucxx restricts rendezvous to one rail and stages fragments in GPU memory: much slower from host memory.
     "MAX_RNDV_RAILS": "2",
     "RNDV_FRAG_MEM_TYPE": "host",
     "TCP_TX_SEG_SIZE": "1M",
@@ -34,7 +37,7 @@ def ucx_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 def is_rdma(transport: str) -> bool:
     """Tell whether a lane's transport is a network card's own."""
-    return transport.split("_")[0] in {"rc", "dc", "ud", "gga", "srd"}
+    return transport.partition("_")[0] in {"rc", "dc", "ud", "gga", "srd"}
 
 
 def reads_one_sided(lanes: tuple[tuple[str, str], ...]) -> bool:
@@ -53,13 +56,13 @@ def missing_requirement(require: str, lanes: tuple[tuple[str, str], ...]) -> str
     if require == "rdma" and not any(map(is_rdma, have)):
         return (
             f"require=rdma, but the connection uses {lanes_text(lanes)}: either this UCX has no verbs (the wheels have "
-            "none; set RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true with a UCX that does), or there is no active RDMA device "
-            "on both hosts (see ibv_devinfo), or UCX_TLS / UCX_NET_DEVICES exclude it"
+            "none; set RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true with a UCX that does), or there is no active RDMA "
+            "device on both hosts (see ibv_devinfo), or UCX_TLS / UCX_NET_DEVICES exclude it"
         )
     if require == "shm" and not have & SHARED_MEMORY:
         return (
-            f"require=shm, but the connection uses {lanes_text(lanes)}: the peer is on another host, or in other IPC or "
-            "PID namespaces (share them between the containers), or UCX_TLS excludes shared memory"
+            f"require=shm, but the connection uses {lanes_text(lanes)}: the peer is on another host, or in other IPC "
+            "or PID namespaces (share them between the containers), or UCX_TLS excludes shared memory"
         )
     if require == "one_sided" and not reads_one_sided(lanes):
         return (

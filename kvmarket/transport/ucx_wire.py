@@ -1,8 +1,9 @@
 """The messages of the UCX transport: msgpack arrays, versioned, size-limited, decoded into checked values or refused.
 
-A conversation: the reader says HELLO with the versions it speaks and the incarnation it expects; the owner answers WELCOME
-with the highest common version, or REFUSED with its reason. Then, per region, DESCRIBE -> REGION (probe bytes and, for
-one-sided reads, keys), and per group of pages READ -> (one data message), TRAILER. PING -> PONG tells slow from stopped.
+A conversation: the reader says HELLO with the versions it speaks and the incarnation it expects; the owner answers
+WELCOME with the highest common version, or REFUSED with its reason. Then, per region, DESCRIBE -> REGION (probe bytes
+and, for one-sided reads, keys), and per group of pages READ -> (one data message), TRAILER. PING -> PONG tells slow
+from stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PAGES_MAX = 16384
 """Pages of one read request."""
 TEXT_MAX = 1024
 KEYS_MAX = 4096
-_KEY_BYTES_MAX = 4096
+_KEY_BYTES_MAX, _KEY_FIELDS = 4096, 3
 _U63 = 1 << 63
 
 
@@ -56,7 +57,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The owner will not serve: `code` for programs (``version``, ``incarnation``, ``region``, ``busy``), `text` for people.
+    """The owner will not serve: `code` (``version``, ``incarnation``, ``region``, ``busy``) and `text` for people.
 
     `transfer` names the read that is refused, 0 for the whole connection.
     """
@@ -90,7 +91,7 @@ class Describe:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Answer to `Describe`. `memories` and `table`: (address, bytes, packed key) of the memories and of the generation table."""
+    """Answer to `Describe`: with keys, (address, bytes, packed key) of the memories and of the generation table."""
 
     kind: ClassVar[int] = 5
     transfer: int
@@ -102,10 +103,10 @@ class Region:
         _integer(self.transfer, _U63)
         _data(self.probe, 0, 4096)
         for keys in (self.memories, self.table):
-            if not isinstance(keys, list) or len(keys) > KEYS_MAX:
-                raise WireError("keys must be a short list")
+            _short_list(keys, KEYS_MAX)
             for key in keys:
-                if not isinstance(key, list | tuple) or len(key) != 3:
+                _short_list(key, _KEY_FIELDS)
+                if len(key) != _KEY_FIELDS:
                     raise WireError("a key must have three fields")
                 _integer(key[0], 1 << 64)
                 _integer(key[1], 1 << 63)
@@ -148,7 +149,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """The end of a read: indices of pages that were stale (then no data was sent at all) or torn while they travelled."""
+    """The end of a read: indices of pages that were stale (then no data was sent) or torn while they travelled."""
 
     kind: ClassVar[int] = 7
     transfer: int
@@ -158,8 +159,7 @@ class Trailer:
     def check(self) -> None:
         _integer(self.transfer, _U63)
         for indices in (self.stale, self.torn):
-            if not isinstance(indices, list) or len(indices) > PAGES_MAX:
-                raise WireError("indices must be a short list")
+            _short_list(indices, PAGES_MAX)
             for index in indices:
                 _integer(index, PAGES_MAX)
 
@@ -241,6 +241,11 @@ def encode_data_header(transfer: int) -> bytes:
 def decode_data_header(header: bytes) -> int | None:
     """Return the read a data message belongs to, or None when the header is not one."""
     return int.from_bytes(header, "little") if len(header) == DATA_HEADER_BYTES else None
+
+
+def _short_list(value: object, limit: int) -> None:
+    if not isinstance(value, list | tuple) or len(value) > limit:
+        raise WireError(f"expected a list of at most {limit}")
 
 
 def _integer(value: object, limit: int) -> None:

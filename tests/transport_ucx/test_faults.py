@@ -1,4 +1,4 @@
-"""What goes wrong between two live processes: killed, stopped, cancelled. Never wrong, never hung, never written late."""
+"""Two live processes, one killed, stopped or cancelled: never wrong, never hung, never written to late."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Two hosts as far as the network is concerned: network namespaces with addresses of their own, joined by a veth pair."""
+"""Two hosts as far as the network goes: network namespaces with addresses of their own, joined by a veth pair."""
 
 import os
 import shutil
@@ -12,14 +12,17 @@ PAGES, PAGE_BYTES = 512, 256 << 10
 OWNER_IP, READER_IP = "10.77.41.1", "10.77.41.2"
 
 
+IP = shutil.which("ip") or ""
+
+
 def ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)
+    subprocess.run([IP, *arguments], check=True, capture_output=True, timeout=10)
 
 
 @pytest.fixture
 def hosts():
     """Names of two network namespaces; the owner's end of the wire is `veth-o`, the reader's `veth-r`."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
+    if os.geteuid() != 0 or not IP:
         pytest.skip("making network namespaces takes root and the ip command")
     tag = f"kvm{os.getpid()}"
     owner, reader = f"{tag}o", f"{tag}r"
@@ -37,13 +40,13 @@ def hosts():
         yield owner, reader
     finally:
         for name in (owner, reader):
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=10)
+            subprocess.run([IP, "netns", "del", name], check=False, capture_output=True, timeout=10)
 
 
 @pytest.fixture
 def pair(hosts, peers):
     owner_net, reader_net = hosts
-    # What makes two processes one host for UCX (boot id, IPC namespace) they still share: only TCP is between hosts here.
+    # UCX takes them for one host, for they share the kernel and the IPC namespace; between hosts there is only TCP.
     owner = PeerUcxOwner(peers.spawn(), {"network": owner_net, "UCX_TLS": "tcp"}, addresses=())
     reader = PeerUcxReader(peers.spawn(), {"network": reader_net, "UCX_TLS": "tcp"})
     try:

@@ -253,7 +253,9 @@ def test_a_live_owner_outlives_bad_messages(peers):
         sender = Sender()
         endpoint = driver.call(lambda sender=sender: driver.connect(address, port, sender), 5)
         connections += 1
-        driver.call(lambda endpoint=endpoint: driver.send_control(endpoint, encode(Hello(1, 1, lent.owner.incarnation))), 5)
+        driver.call(
+            lambda endpoint=endpoint: driver.send_control(endpoint, encode(Hello(1, 1, lent.owner.incarnation))), 5
+        )
         for _ in range(10):
             data = next(messages)
             driver.call(lambda endpoint=endpoint, data=data: driver.send_control(endpoint, data), 5)
