@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096
 ADDRESSES_MAX = 64
+_ADDRESS_CHARS_MAX = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,17 @@ class RegionDescriptor:
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
-        return {
+        wire = {
             "region": self.region_id,
             "spec": self.fingerprint,
             "layout": self.layout.as_list(),
             "memories": [memory.as_list() for memory in self.memories],
             "generations": self.generations.as_list(),
             "probe": self.probe,
-            "endpoints": {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()},
         }
+        if self.endpoints:
+            wire["endpoints"] = {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()}
+        return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RegionDescriptor:
@@ -92,13 +95,13 @@ def _integer(value: object) -> int:
 def _endpoints(wire: Any) -> dict[str, tuple[tuple[str, int], ...]]:
     """Read the optional map of listening addresses; descriptors made before there was one have none."""
     if not isinstance(wire, dict):
-        raise ValueError("endpoints must be a map")
+        raise TypeError("endpoints must be a map")
     found: dict[str, tuple[tuple[str, int], ...]] = {}
     for scheme, where in wire.items():
         if not isinstance(scheme, str) or not isinstance(where, list) or len(where) > ADDRESSES_MAX:
             raise ValueError("endpoints must name lists of addresses")
         for address, port in where:
-            if not isinstance(address, str) or len(address) > 255 or not 0 < _integer(port) < 1 << 16:
+            if not isinstance(address, str) or len(address) > _ADDRESS_CHARS_MAX or not 0 < _integer(port) < 1 << 16:
                 raise ValueError(f"{address!r}:{port!r} is not an address")
         found[scheme] = tuple((address, port) for address, port in where)
     return found

@@ -128,6 +128,9 @@ def test_settings_are_checked():
     assert MarketConfig.from_env({"KVMARKET_TRANSPORT": "ucx", "KVMARKET_UCX_REQUIRE": "rdma"}).ucx_require == "rdma"
     with pytest.raises(ConfigError, match="UCX_REQUIRE"):
         MarketConfig.from_env({"KVMARKET_UCX_REQUIRE": "magic"})
+    assert MarketConfig(ucx_addresses="10.0.0.1, fe80::1").ucx_addresses
+    with pytest.raises(ConfigError, match="UCX_ADDRESSES"):
+        MarketConfig.from_env({"KVMARKET_UCX_ADDRESSES": "10.0.0.1,somewhere"})
 
 
 def test_what_the_user_set_for_ucx_wins_and_what_was_set_is_told():
@@ -171,6 +174,7 @@ def test_descriptors_without_endpoints_still_decode_and_bad_ones_are_refused():
     assert RegionDescriptor.from_wire(full.to_wire()) == full
     old = full.to_wire()
     del old["endpoints"]
+    assert descriptor.to_wire() == old
     assert RegionDescriptor.from_wire(old) == descriptor
     for bad in (7, {"ucx": [["a", 0]]}, {"ucx": [["a"]]}, {"ucx": [[1, 2]]}, {3: []}, {"ucx": [["a", 1]] * 65}):
         with pytest.raises(RegistryProtocolError):
