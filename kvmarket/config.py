@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PREFIX = "KVMARKET_"
-TRANSPORTS = ("auto", "inproc", "shm")
+TRANSPORTS = ("auto", "inproc", "shm", "ucx")
+UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
 VERIFY_MODES = ("none", "sampled", "full")
 
 
@@ -74,6 +76,12 @@ def _registry(text: str) -> str:
     raise ValueError("must be 'lmdb' (default), 'lmdb:///directory' or 'memory'")
 
 
+def _addresses(text: str) -> str:
+    for item in filter(None, text.split(",")):
+        ipaddress.ip_address(item.strip())
+    return text
+
+
 def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"env": PREFIX + env, "parse": parse})
 
@@ -94,7 +102,9 @@ class MarketConfig:
     """All settings of one marketplace. Each field can be set by the environment name in its metadata.
 
     Attributes:
-        transport: ``auto`` (by locality, after a probe), ``inproc`` or ``shm``.
+        transport: ``auto`` (by locality, after a probe), ``inproc``, ``shm`` or ``ucx``.
+        ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
+        ucx_addresses: IP addresses to announce for UCX, separated by commas; empty for all of this host.
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
@@ -110,6 +120,8 @@ class MarketConfig:
     """
 
     transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
+    ucx_require: str = _setting("UCX_REQUIRE", "", _one_of(*UCX_REQUIREMENTS))
+    ucx_addresses: str = _setting("UCX_ADDRESSES", "", _addresses)
     registry: str = _setting("REGISTRY", "lmdb", _registry)
     runtime_dir: str = _setting("RUNTIME_DIR", "", str)
     hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))

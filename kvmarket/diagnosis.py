@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.core import make_transports
+from kvmarket.reach import make_transports
 from kvmarket.errors import KVMarketError
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
@@ -66,7 +66,7 @@ def usage(registry: Registry) -> Usage:
 def view_owners(registry: Registry, config: MarketConfig) -> list[OwnerView]:
     """Connect to every region of every live owner and say how, or why not."""
     assert isinstance(registry, LmdbRegistry)
-    selector = TransportSelector(make_transports(config.transport))
+    selector = TransportSelector(make_transports(config, os.environ))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():
         verdicts = []

@@ -23,6 +23,7 @@ class MappedConnection(Connection):
     """Pages and generations of one region, both readable by plain loads."""
 
     readers = 2
+    immediate = True
 
     def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
         self.scheme, self.path = scheme, path

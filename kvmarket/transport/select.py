@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvmarket.errors import TransportUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
@@ -66,6 +66,16 @@ class TransportSelector:
     def schemes(self) -> tuple[str, ...]:
         """The transports in order of preference."""
         return tuple(transport.scheme for transport in self._transports)
+
+    def immediate(self, owners: Iterable[OwnerInfo]) -> bool:
+        """Tell whether reads from these owners wait for nobody, as far as is known: connecting to a host may wait."""
+        if not any(transport.capabilities.cross_host for transport in self._transports):
+            return True
+        with self._lock:
+            waits: dict[bytes, bool] = {}
+            for (incarnation, _), connection in self._connections.items():
+                waits[incarnation] = waits.get(incarnation, False) or not connection.immediate
+        return not any(waits.get(owner.incarnation, True) for owner in owners)
 
     def forget(self, owner: OwnerInfo) -> None:
         """Drop the connections to an owner that is gone, and with them its mapped memory."""
