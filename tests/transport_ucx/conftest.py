@@ -1,10 +1,13 @@
 """Fixtures for tests over UCX; all are skipped where ucxx is not installed."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvmarket.testing.peers import PeerPool
+
+sys.path.insert(0, str(Path(__file__).parent))  # its owners run in processes of their own, and are imported here, too
 
 
 def pytest_collection_modifyitems(items):
