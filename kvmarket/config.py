@@ -108,8 +108,9 @@ class MarketConfig:
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
-        verify: ``full`` compares every page's digest after the copy, ``sampled`` one page in 16, ``none`` only
-            generations.
+        verify: ``full`` compares every page's digest after the copy, and takes nothing from processes that do not,
+            since they may pass on what they did not look at; ``sampled`` compares one page in 16; ``none`` compares
+            generations only, and computes no digests for others either.
         fetch_deadline_s: a fetch that takes longer ends as a (shorter) hit or a miss.
         publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
         fetch_concurrency: fetches that may run at once; more wait.

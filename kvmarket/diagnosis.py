@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.reach import make_transports
 from kvmarket.errors import KVMarketError
+from kvmarket.reach import make_transports
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
 from kvmarket.registry.lmdb import LmdbRegistry

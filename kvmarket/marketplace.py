@@ -248,7 +248,7 @@ class Marketplace:
             A cancelled call waits until nothing writes to `out` any more (at most one group of pages), then raises.
         """
         began = time.perf_counter()
-        count = len(token_array(tokens))
+        tokens = token_array(tokens)
         keys = block_keys(self._hash(tokens, extra_keys))
         target = None if out is None else as_pages(out, self._spec, writable=True, what="out")
         if target is not None and len(target) < len(keys):
@@ -266,7 +266,7 @@ class Marketplace:
                 outcome.reason, outcome.detail = reason, detail
         stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
         stages["total"] = time.perf_counter() - began
-        report = self._report(count, len(keys), found, outcome, stages)
+        report = self._report(len(tokens), len(keys), found, outcome, stages)
         return FetchResult(target[: outcome.blocks], report)
 
     async def _lookup(self, keys: list[bytes], deadline: Deadline) -> tuple[LookupResult, MissReason, str]:
@@ -289,8 +289,11 @@ class Marketplace:
         if small and self._core.transports.immediate(found.owners.values()):
             return fetcher.read(found, local, pages, deadline)
         try:
-            async with asyncio.timeout(deadline.remaining_s):
-                await self._slots.acquire()
+            if self._slots.locked():
+                async with asyncio.timeout(deadline.remaining_s):
+                    await self._slots.acquire()
+            else:
+                await self._slots.acquire()  # does not wait
         except TimeoutError:
             return Outcome(reason=MissReason.DEADLINE, detail="too many fetches were running")
         try:

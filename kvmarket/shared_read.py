@@ -14,11 +14,12 @@ from kvmarket.report import MissReason, TransferReport
 from kvmarket.transport import ReadRequest
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Future
 
     import numpy as np
 
     from kvmarket.deadline import Deadline
+    from kvmarket.helper import Helper
     from kvmarket.transport import Connection
     from kvmarket.verification import Verification
 
@@ -49,8 +50,8 @@ class SharedRead:
         self._error: TransportError | None = None
         self.threads = 0
 
-    def run(self, helpers: Executor | None) -> TransferReport:
-        """Read everything, with the help of `helpers` if the connection gains by it; return one report of it all.
+    def run(self, helper: Helper) -> TransferReport:
+        """Read everything, with the help of `helper` if the connection gains by it; return one report of it all.
 
         The helper is waited for only once it has begun: one that is busy elsewhere delays nothing. When this returns
         or raises, nothing writes to the local pages any more.
@@ -59,14 +60,15 @@ class SharedRead:
             PeerGoneError, TransferError: the connection is of no more use.
         """
         began = time.perf_counter()
-        helper: Future[None] | None = None
-        if helpers is not None and self._connection.readers > 1 and self._total * self._page_bytes >= SHARED_BYTES_MIN:
-            helper = helpers.submit(self._work)
+        help_: Future[None] | None = None
+        large = self._total * self._page_bytes >= SHARED_BYTES_MIN
+        if large and helper.useful and self._connection.readers(self._request.local) > 1:
+            help_ = helper.submit(self._work)
         try:
-            self._work(alone=helper is None)
+            self._work(alone=help_ is None)
         finally:
-            if helper is not None and not helper.cancel():
-                helper.result()
+            if help_ is not None and not help_.cancel():
+                help_.result()
         if self._error is not None:
             raise self._error
         return self._report(time.perf_counter() - began)
@@ -107,8 +109,7 @@ class SharedRead:
     def _report(self, seconds: float) -> TransferReport:
         refused = self._refused
         refused.update(dict.fromkeys(self._verification.mismatched, MissReason.DIGEST_MISMATCH))
-        if self._next < self._total:  # nobody took the rest because of what was refused
-            refused.update(dict.fromkeys(range(self._next, self._total), refused[min(refused)]))
+        # What nobody took because of that comes after it, and was neither read nor refused.
         return TransferReport(
             self._connection.scheme,
             self._connection.path,

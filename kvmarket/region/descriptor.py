@@ -17,6 +17,7 @@ SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096
 ADDRESSES_MAX = 64
 _ADDRESS_CHARS_MAX = 255
+WORD_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class RegionDescriptor:
         generations: the generation table.
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
         endpoints: transport -> where the owner listens for it, (address, port) in order of preference.
+        verify: how the owner verifies what it adopts, and so what it passes on: ``full``, ``sampled`` or ``none``.
     """
 
     region_id: int
@@ -39,6 +41,7 @@ class RegionDescriptor:
     memories: tuple[MemoryAddress, ...]
     generations: MemoryAddress
     probe: bytes
+    verify: str = "none"
     endpoints: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
@@ -50,6 +53,7 @@ class RegionDescriptor:
             "memories": [memory.as_list() for memory in self.memories],
             "generations": self.generations.as_list(),
             "probe": self.probe,
+            "verify": self.verify,
         }
         if self.endpoints:
             wire["endpoints"] = {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()}
@@ -78,6 +82,7 @@ class RegionDescriptor:
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
                 endpoints=_endpoints(wire.get("endpoints", {})),
+                verify=_word(wire["verify"]),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
                 raise ValueError("a memory without bytes")  # noqa: TRY301 - one translation for every malformed field
@@ -112,4 +117,10 @@ def _endpoints(wire: Any) -> dict[str, tuple[tuple[str, int], ...]]:
 def _data(value: object, length: int) -> bytes:
     if not isinstance(value, bytes) or len(value) != length:
         raise ValueError(f"expected {length} bytes")
+    return value
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str) or len(value) > WORD_MAX:
+        raise ValueError(f"expected at most {WORD_MAX} characters")
     return value

@@ -27,11 +27,21 @@ class LentRegion:
     """
 
     def __init__(
-        self, region_id: int, incarnation: bytes, pages: PagedMemory, shared: Sequence[SharedMemory], fingerprint: bytes
+        self,
+        region_id: int,
+        incarnation: bytes,
+        pages: PagedMemory,
+        shared: Sequence[SharedMemory],
+        fingerprint: bytes,
+        verify: str = "full",
     ) -> None:
-        """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them)."""
+        """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them).
+
+        `verify` is how this owner verifies what it adopts, see `RegionDescriptor`.
+        """
         pages.layout.check([len(memory) for memory in pages.memories])
         self.region_id, self.pages, self._shared, self._fingerprint = region_id, pages, tuple(shared), fingerprint
+        self._verify = verify
         self.generations = GenerationTable(pages.layout.num_pages, incarnation)
 
     @property
@@ -60,6 +70,7 @@ class LentRegion:
             generations=self.generations.memory.address,
             probe=self.generations.probe,
             endpoints=endpoints or {},
+            verify=self._verify,
         )
 
     def close(self) -> None:

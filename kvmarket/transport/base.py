@@ -66,8 +66,6 @@ class Connection(ABC):
     scheme: str
     path: str
     """How the bytes really travel, for reports."""
-    readers: int = 1
-    """How many threads may share a large read, in parts, and so make it faster."""
     immediate: bool = False
     """A read copies memory and waits for nobody, so that an event loop may do a small one itself."""
 
@@ -82,6 +80,11 @@ class Connection(ABC):
         Raises:
             PeerGoneError, TransferError: the connection is of no more use.
         """
+
+    def readers(self, local: PagedMemory) -> int:
+        """Return how many threads should share a large read into `local`, in parts, to make it faster."""
+        del local
+        return 1
 
     def fresh(self, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
         """Return a (n,) bool array: which pages would pass the first check right now.

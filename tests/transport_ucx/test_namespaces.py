@@ -19,6 +19,18 @@ def ip(*arguments):
     subprocess.run([IP, *arguments], check=True, capture_output=True, timeout=10)
 
 
+def wait_until_up(*ends):
+    """Wait until links carry packets: the kernel activates them up to a second after they were set up."""
+    limit = time.monotonic() + 10
+    for name, device in ends:
+        state = ""
+        while "state UP" not in state:
+            assert time.monotonic() < limit, f"{device} does not come up: {state}"
+            time.sleep(0.02)
+            shown = [IP, "-n", name, "link", "show", device]
+            state = subprocess.run(shown, check=True, capture_output=True, text=True, timeout=10).stdout
+
+
 @pytest.fixture
 def hosts():
     """Names of two network namespaces; the owner's end of the wire is `veth-o`, the reader's `veth-r`."""
@@ -37,6 +49,7 @@ def hosts():
             ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
             ip("-n", name, "link", "set", device, "up")
             ip("-n", name, "link", "set", "lo", "up")
+        wait_until_up((owner, "veth-o"), (reader, "veth-r"))
         yield owner, reader
     finally:
         for name in (owner, reader):
@@ -82,7 +95,7 @@ def test_a_cut_wire_is_noticed_within_the_heartbeat_and_a_mended_one_carries_aga
     assert wrong == []
     assert pages < PAGES, "the cut came too late to cut anything"
     ip("-n", hosts[0], "link", "set", "veth-o", "up")
-    time.sleep(0.2)
+    wait_until_up((hosts[0], "veth-o"), (hosts[1], "veth-r"))
     _, pages, refused, error, wrong = reader.read(lent, generations, 20.0)
     assert (pages, refused, error, wrong) == (PAGES, set(), "", [])
 
