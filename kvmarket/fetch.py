@@ -123,7 +123,10 @@ class Fetcher:
         records = found.records
         if self._verify == "full" and not (vouched := records["digest"] != _NO_DIGEST).all():
             records = records[vouched]
-            outcome.reason, outcome.detail = MissReason.UNVERIFIED, "it was announced without a digest (as with KVMARKET_VERIFY=none)"
+            outcome.reason, outcome.detail = (
+                MissReason.UNVERIFIED,
+                "it was announced without a digest (as with KVMARKET_VERIFY=none)",
+            )
         while outcome.blocks < found.blocks:
             if deadline.expired:
                 outcome.reason, outcome.detail = MissReason.DEADLINE, "the deadline passed"

@@ -33,6 +33,7 @@ class LentRegion:
         pages: PagedMemory,
         shared: Sequence[SharedMemory],
         fingerprint: bytes,
+        *,
         verify: str = "full",
     ) -> None:
         """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them).
