@@ -42,6 +42,16 @@ _SOCKADDR_STORAGE = 128
 LANES_MAX = 64
 
 
+def pin(thing: object) -> None:
+    """Keep a Python object from being destroyed until `unpin`, whoever drops it, a forked child included."""
+    c.pythonapi.Py_IncRef(c.py_object(thing))
+
+
+def unpin(thing: object) -> None:
+    """Undo `pin`."""
+    c.pythonapi.Py_DecRef(c.py_object(thing))
+
+
 class RequestParam(c.Structure):
     """``ucp_request_param_t``."""
 

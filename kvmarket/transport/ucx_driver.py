@@ -128,6 +128,7 @@ class UcxDriver:
         self.tickers: set[Callable[[float], None]] = set()
         self._next_tick = 0.0
         self._stopping = False
+        self._listener: Any = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="kvmarket-ucx", daemon=True)
@@ -172,20 +173,23 @@ class UcxDriver:
         raw = self._ucxx.UCXEndpoint.create(self.worker, address, port, True)
         return self._adopt(raw, handler)
 
-    def listen(self, accept: Callable[[Endpoint], Handler]) -> Any:
-        """Listen on a free port of every address and return ucxx's listener.
+    def listen(self, accept: Callable[[Endpoint], Handler]) -> int:
+        """Listen on a free port of every address and return the port. There is one listener.
 
         Args:
             accept: gives each new connection its handler.
         """
-        listener: Any = None
 
         def on_request(request: int) -> None:
-            endpoint = self._adopt(listener.create_endpoint_from_conn_request(request, True), None)
+            endpoint = self._adopt(self._listener.create_endpoint_from_conn_request(request, True), None)
             endpoint.handler = accept(endpoint)
 
-        listener = self._ucxx.UCXListener.create(self.worker, 0, on_request)
-        return listener
+        self._listener = self._ucxx.UCXListener.create(self.worker, 0, on_request)
+        return int(self._listener.port)
+
+    def stop_listening(self) -> None:
+        """Take no more connections. Idempotent."""
+        self._listener = None
 
     def _adopt(self, raw: Any, handler: Handler | None) -> Endpoint:
         endpoint = Endpoint(raw)
@@ -202,6 +206,7 @@ class UcxDriver:
         if endpoint.raw.alive:
             endpoint.raw.remove_close_callback()
         endpoint.raw.close_blocking(1_000_000_000, 1)
+        endpoint.raw = None  # it holds the worker, and with its callback a cycle
         self._endpoints.pop(endpoint.handle, None)
         self._settle(endpoint)
         if endpoint.handler is not None:
@@ -346,6 +351,7 @@ class UcxDriver:
     def _open(self) -> None:
         self.context = self._make_context()
         self.worker = self._ucxx.UCXWorker(self.context)
+        api.pin(self.worker)  # a forked child must never destroy its copy, nor may a collection of garbage
         self.worker.init_blocking_progress_mode()
         self._worker = int(self.worker.handle)
         self._epoll = select.epoll()
@@ -445,5 +451,10 @@ class UcxDriver:
     def _worker_close(self) -> None:
         self._inbox.clear()
         self._epoll.close()
+        self._listener = None
+        for endpoint in self._endpoints.values():
+            endpoint.raw = None
         self._endpoints.clear()
+        worker = self.worker
         del self.worker, self.context
+        api.unpin(worker)

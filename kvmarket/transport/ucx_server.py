@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -87,8 +87,7 @@ class UcxServer:
         self.regions: dict[int, LentRegion] = {}
         self.sessions: set[ServerSession] = set()
         self._keys: dict[int, RegionKeys] = {}
-        self._listener: Any = driver.call(lambda: driver.listen(self._accept), CALL_S)
-        port = int(self._listener.port)
+        port = driver.call(lambda: driver.listen(self._accept), CALL_S)
         self.endpoints = tuple((address, port) for address in addresses or host_addresses())
 
     def add(self, region: LentRegion) -> None:
@@ -115,7 +114,7 @@ class UcxServer:
             self.driver.call(self._close, CALL_S)
 
     def _close(self) -> None:
-        self._listener = None
+        self.driver.stop_listening()
         self.regions.clear()
         for session in list(self.sessions):
             self.driver.disconnect(session.endpoint, "the owner closed")

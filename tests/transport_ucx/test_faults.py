@@ -1,12 +1,14 @@
 """Two live processes, one killed, stopped or cancelled: never wrong, never hung, never written to late."""
 
+import gc
+import os
 import signal
 import threading
 import time
 
 import numpy as np
 import pytest
-from ucx_owners import PeerUcxOwner
+from ucx_owners import PeerUcxOwner, UcxRegionOwner
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError, TransportUnavailableError
@@ -219,3 +221,47 @@ def test_readers_leave_no_trace_at_the_owner(setting):
     while world.owner.sessions() > 1 and time.monotonic() < end:
         time.sleep(0.02)
     assert world.owner.sessions() == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_neither_uses_nor_destroys_what_it_inherited(setting):
+    """Its copy of the worker has the parent's shared memory and sockets."""
+    world, owner = setting(SHM, pages=8), UcxRegionOwner()
+    world.read()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            world.connection.close()
+            world.transport.close()
+            owner.close()
+            del world, owner
+            gc.collect()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    world.arrived.clear()
+    world.read()
+    assert len(world.arrived) == 8
+    owner.close()
+
+
+def test_what_was_closed_is_gone_before_garbage_is_collected():
+    """UCX must not be torn down by whichever thread happens to collect garbage."""
+
+    def parts():
+        return {type(thing).__name__ for thing in gc.get_objects()} & {"UCXWorker", "UCXListener", "UCXEndpoint"}
+
+    gc.collect()
+    gc.disable()
+    try:
+        owner, reader = UcxRegionOwner(), UcxTransport({})
+        lent = owner.lend_pattern(4, PAGE_BYTES)
+        reader.connect(lent.owner, lent.descriptor)
+        assert "UCXListener" in parts()
+        reader.close()
+        owner.close()
+        assert parts() == set()
+    finally:
+        gc.enable()

@@ -82,8 +82,8 @@ def test_pages_cross_from_one_host_to_the_other(pair):
 def test_a_cut_wire_is_noticed_within_the_heartbeat_and_a_mended_one_carries_again(pair, hosts):
     _, reader, lent, generations = pair
     reader.connect(lent)
-    # A slow wire, so that the cut falls into the transfer: 128 MiB at 2 Gb/s take half a second.
-    ip("netns", "exec", hosts[0], "tc", "qdisc", "add", "dev", "veth-o", "root", "tbf", "rate", "2gbit", "burst",
+    # A slow wire, so that the cut falls into the transfer: 128 MiB at 400 Mb/s take almost three seconds.
+    ip("netns", "exec", hosts[0], "tc", "qdisc", "add", "dev", "veth-o", "root", "tbf", "rate", "400mbit", "burst",
        "4mb", "latency", "50ms")  # fmt: skip
     reader.start("read", lent, generations, 20.0)
     time.sleep(0.2)
