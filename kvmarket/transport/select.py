@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from kvmarket.errors import TransportUnavailableError
+from kvmarket.errors import TransportError, TransportUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -61,6 +61,22 @@ class TransportSelector:
             except TransportUnavailableError as error:
                 reasons.append(f"{transport.scheme}: {error}")
         raise TransportUnavailableError("; ".join(reasons), scheme="+".join(self.schemes), peer=str(owner))
+
+    def explain(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> list[tuple[str, bool, str]]:
+        """Try every transport to a region; return (scheme, reached, path or reason) in order of preference.
+
+        The first that reached is the one that reads would take. No connection is kept.
+        """
+        found = []
+        for transport in self._transports:
+            try:
+                connection = transport.connect(owner, descriptor)
+            except TransportError as error:
+                found.append((transport.scheme, False, str(error)))
+            else:
+                found.append((transport.scheme, True, connection.path))
+                connection.close()
+        return found
 
     @property
     def schemes(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ CONTROL_ID, DATA_ID = 17, 18
 """Active message ids; ucxx itself uses 0."""
 RENDEZVOUS_BYTES = 16 << 10
 """Data messages from this size on go straight into place by rendezvous; shorter ones travel inside the message."""
+FRAGMENTS = "UCX_RNDV_FRAG_MEM_TYPE"
 TICK_S = 0.05
 START_S = 30.0
 PROGRESS_MAX = 64
@@ -93,15 +94,21 @@ def load_ucxx() -> Any:
     """Import ucxx's core module, or raise `MissingExtraError` / `TransportUnavailableError`.
 
     ucxx prints an error line on standard output for each connection that breaks, which here is a normal event with a
-    report of its own: unless the user chose a level, only fatal ones are left.
+    report of its own: unless the user chose a level, only fatal ones are left. At its import it also sets where staging
+    fragments lie, which every later look at the environment would take for the user's choice: that is undone. And it
+    turns off a cache that UCX reads when it is loaded, which is too late and gives a warning: here it is in time.
     """
     os.environ.setdefault("UCXX_LOG_LEVEL", "fatal")
+    os.environ.setdefault("UCX_MEMTYPE_CACHE", "n")
+    fragments = os.environ.get(FRAGMENTS)
     try:
         from ucxx._lib import libucxx
     except ModuleNotFoundError as error:
         raise MissingExtraError("ucxx", "ucx") from error
     except ImportError as error:
         raise TransportUnavailableError(f"ucxx is installed but cannot be loaded: {error}", scheme="ucx") from error
+    if fragments is None:
+        os.environ.pop(FRAGMENTS, None)
     return libucxx
 
 

@@ -112,6 +112,7 @@ def test_a_registry_that_other_hosts_read_makes_auto_listen():
     market.close()
 
 
+@pytest.mark.without_ucxx
 def test_ucx_without_ucxx_names_the_extra(monkeypatch):
     monkeypatch.setattr(reach.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"kvmarket\[ucx\]"):
