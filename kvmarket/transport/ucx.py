@@ -45,6 +45,8 @@ CONNECT_S = 1.0
 """For all addresses of an owner together."""
 ADDRESS_S = 0.6
 """For one of them."""
+SILENT_S = 5.0
+"""An owner that did not answer is not asked again for so long: a host that is down would cost a fetch `CONNECT_S`."""
 PEERS_KEPT = 256
 PEER_BYTES_MAX = 32 << 20
 ALL_BYTES_MAX = 128 << 20
@@ -78,6 +80,7 @@ class UcxTransport(ServingTransport):
         self._server: UcxServer | None = None
         self._peers: dict[bytes, Peer] = {}
         self._connecting: dict[bytes, threading.Lock] = {}
+        self._silent: dict[bytes, float] = {}
         self._budget = ByteBudget(ALL_BYTES_MAX)
         self._budgets: dict[bytes, ByteBudget] = {}
         self._closed = False
@@ -145,6 +148,9 @@ class UcxTransport(ServingTransport):
         with gate:
             peer = self._peers.get(owner.incarnation)
             if peer is None or peer.dead:
+                if time.monotonic() < self._silent.get(owner.incarnation, 0.0):
+                    why = "it did not answer a moment ago"
+                    raise TransportUnavailableError(why, scheme=self.scheme, peer=str(owner))
                 peer = self._open_peer(owner, endpoints, deadline)
                 self._peers[owner.incarnation] = peer
             return peer
@@ -159,6 +165,7 @@ class UcxTransport(ServingTransport):
                 del self._connecting[incarnation]
                 self._peers.pop(incarnation, None)
                 self._budgets.pop(incarnation, None)
+                self._silent.pop(incarnation, None)
 
     def budget(self, owner: OwnerInfo) -> ByteBudget:
         """The bytes in flight from one owner, within those of all."""
@@ -176,6 +183,7 @@ class UcxTransport(ServingTransport):
                 peer.ready.result(min(ADDRESS_S, deadline.remaining_s))
             except FutureTimeoutError:
                 reasons.append(f"{address}:{port} does not answer")
+                self._silent[owner.incarnation] = time.monotonic() + SILENT_S
                 self.driver.submit(partial(peer.close, "it did not answer"))
                 continue
             except (ConnectError, TransportUnavailableError) as error:
@@ -184,6 +192,7 @@ class UcxTransport(ServingTransport):
             if missing := missing_requirement(self._require, peer.lanes):
                 self.driver.submit(partial(peer.close, "lanes refused"))
                 raise TransportUnavailableError(missing, scheme=self.scheme, peer=str(owner))
+            self._silent.pop(owner.incarnation, None)
             logger.debug("kvmarket: UCX lanes to %s: %s", owner, lanes_text(peer.lanes))
             return peer
         why = "; ".join(reasons) or "no time was left to connect"

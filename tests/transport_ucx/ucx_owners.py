@@ -1,6 +1,5 @@
 """Owners that serve through UCX, with `RegionOwner`'s methods, and readers; in this process or in a peer."""
 
-import ctypes
 import os
 import time
 from dataclasses import replace
@@ -10,11 +9,10 @@ import numpy as np
 from kvmarket.deadline import Deadline
 from kvmarket.errors import TransportError
 from kvmarket.region.pages import PagedMemory
+from kvmarket.testing.networks import enter_network
 from kvmarket.testing.region_owner import Lent, RegionOwner, page_bytes_of, pattern_page
 from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
-
-_CLONE_NEWNET, _CLONE_NEWNS, _MS_REC, _MS_SLAVE, _MNT_DETACH = 0x40000000, 0x00020000, 0x4000, 0x80000, 2
 
 
 class UcxRegionOwner(RegionOwner):
@@ -44,29 +42,6 @@ class UcxRegionOwner(RegionOwner):
         self.transport.stop_serving()
         super().close()
         self.transport.close()
-
-
-def enter_network(name):
-    """Move this process, which must have one thread, into a named network namespace, as ``ip netns exec`` does.
-
-    UCX looks for devices in /sys/class/net, which shows the namespace it was mounted in: it is mounted anew.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def must(result, what):
-        if result:
-            code = ctypes.get_errno()
-            raise OSError(code, f"{what}: {os.strerror(code)}")
-
-    fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        must(libc.setns(fd, _CLONE_NEWNET), f"setns {name}")
-    finally:
-        os.close(fd)
-    must(libc.unshare(_CLONE_NEWNS), "unshare mounts")
-    must(libc.mount(b"", b"/", b"none", _MS_SLAVE | _MS_REC, None), "mount --make-rslave /")
-    libc.umount2(b"/sys", _MNT_DETACH)
-    must(libc.mount(name.encode(), b"/sys", b"sysfs", 0, None), "mount /sys")
 
 
 def in_ucx_peer(state, environ, addresses, method, *args):
