@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import fields
 
@@ -10,7 +11,7 @@ import typer
 
 import kvmarket
 from kvmarket.config import MarketConfig
-from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, usage, view_owners
+from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, check_ucx, usage, view_owners
 from kvmarket.errors import KVMarketError
 from kvmarket.registry import Registry, open_registry
 
@@ -50,6 +51,8 @@ def doctor() -> None:
     print("\ntransports")
     print("  inproc   between marketplaces of one process: always")
     print(f"  shm      between processes of one host: {check_shared_memory()}")
+    for number, text in enumerate(check_ucx(config, os.environ)):
+        print(f"  {'' if number else 'ucx':8} {'' if number else 'between hosts: '}{text}")
     print("\nregistry")
     registry = _open(config)
     try:
@@ -59,9 +62,11 @@ def doctor() -> None:
         if numbers.dead_owners:
             print("  dead owners' records are never served; `kvmarket sweep` and every new marketplace remove them")
         print("\nlive owners")
-        owners = view_owners(registry, config)
+        owners = view_owners(registry, config, explain=True)
         for owner in owners:
             print(f"  {owner.name}: {owner.verdict}")
+            for scheme, reached, text in owner.paths:
+                print(f"    {scheme:7} {'yes' if reached else 'no'}: {text}")
         if not owners:
             print("  none")
     finally:

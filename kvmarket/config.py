@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 PREFIX = "KVMARKET_"
 _SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 """What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
-TRANSPORTS = ("auto", "inproc", "shm")
+TRANSPORTS = ("auto", "inproc", "shm", "ucx")
+UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
 VERIFY_MODES = ("none", "sampled", "full")
 
 
@@ -77,6 +79,12 @@ def _registry(text: str) -> str:
     raise ValueError("must be 'lmdb' (default), 'lmdb:///directory' or 'memory'")
 
 
+def _addresses(text: str) -> str:
+    for item in filter(None, text.split(",")):
+        ipaddress.ip_address(item.strip())
+    return text
+
+
 def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"env": PREFIX + env, "parse": parse})
 
@@ -97,7 +105,9 @@ class MarketConfig:
     """All settings of one marketplace. Each field can be set by the environment name in its metadata.
 
     Attributes:
-        transport: ``auto`` (by locality, after a probe), ``inproc`` or ``shm``.
+        transport: ``auto`` (by locality, after a probe), ``inproc``, ``shm`` or ``ucx``.
+        ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
+        ucx_addresses: IP addresses to announce for UCX, separated by commas; empty for all of this host.
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
@@ -114,6 +124,8 @@ class MarketConfig:
     """
 
     transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
+    ucx_require: str = _setting("UCX_REQUIRE", "", _one_of(*UCX_REQUIREMENTS))
+    ucx_addresses: str = _setting("UCX_ADDRESSES", "", _addresses)
     registry: str = _setting("REGISTRY", "lmdb", _registry)
     runtime_dir: str = _setting("RUNTIME_DIR", "", str)
     hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))

@@ -22,12 +22,11 @@ from kvmarket.errors import (
 from kvmarket.fetch import Fetcher
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
+from kvmarket.reach import Listeners, make_transports
 from kvmarket.region.region import LentRegion
 from kvmarket.registry import Registry, open_registry
-from kvmarket.registry.host import boot_id, pid_namespace
-from kvmarket.transport import Transport, TransportSelector
-from kvmarket.transport.inproc import InprocTransport, local_regions
-from kvmarket.transport.shm import ShmTransport
+from kvmarket.transport import TransportSelector
+from kvmarket.transport.inproc import local_regions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,14 +37,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-def make_transports(preference: str) -> list[Transport]:
-    """Return the backends that ``KVMARKET_TRANSPORT=<preference>`` allows, in order."""
-    if preference == "inproc":
-        return [InprocTransport()]
-    shm = ShmTransport(boot_id(), pid_namespace())
-    return [shm] if preference == "shm" else [InprocTransport(), shm]
 
 
 class MarketCore:
@@ -80,7 +71,10 @@ class MarketCore:
             if self._owns_registry:
                 self.registry.close()
             raise
-        self.transports = TransportSelector(make_transports(self.config.transport))
+        transports = make_transports(self.config, os.environ)
+        self.transports = TransportSelector(transports)
+        auto, local = self.config.transport == "auto", self.registry.local
+        self._listeners = Listeners(transports, auto=auto, this_host_only=local)
         self.fetcher = Fetcher(namespace, self.registry, self.transports, self.config, self.metrics)
 
     def _open(self) -> None:
@@ -121,6 +115,7 @@ class MarketCore:
                 raise InvalidInputError(f"memory {number} of the pages is not shared memory {number}")
         with self._lock:
             owner = self.owner
+            endpoints = self._listeners.endpoints(owner.incarnation)
             region = LentRegion(
                 len(self._regions),
                 owner.incarnation,
@@ -130,10 +125,11 @@ class MarketCore:
                 verify=self.config.verify,
             )
             try:
-                self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())
+                self.registry.register_region(owner.owner, region.region_id, region.describe(endpoints).to_wire())
             except RegistryError:
                 region.close()
                 raise
+            self._listeners.lend(region)
             local_regions.add(owner.incarnation, region)
             self._regions.append(region)
             return region
@@ -171,6 +167,7 @@ class MarketCore:
         for publisher in self._publishers:
             publisher.close()
         self.fetcher.close()
+        self._listeners.close()  # before the memory of the regions goes
         self.transports.close()
         for region in self._regions:
             region.close()

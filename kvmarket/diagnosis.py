@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.core import make_transports
-from kvmarket.errors import ConfigError, KVMarketError
+from kvmarket.errors import ConfigError, KVMarketError, MissingExtraError, TransportError
+from kvmarket.reach import make_transports
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
 from kvmarket.registry.lmdb import LmdbRegistry
 from kvmarket.transport import TransportSelector
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from kvmarket.config import MarketConfig
@@ -37,10 +39,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class OwnerView:
-    """One live owner as seen from here."""
+    """One live owner as seen from here.
+
+    Attributes:
+        name: host and process.
+        verdict: how its regions are read, or why not.
+        paths: of its first region, (transport, reached, path or reason) in order of preference.
+    """
 
     name: str
     verdict: str
+    paths: tuple[tuple[str, bool, str], ...] = ()
 
 
 def check_shared_memory() -> str:
@@ -58,31 +67,51 @@ def check_shared_memory() -> str:
     return "yes, probed"
 
 
+def check_ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[str]:
+    """Start UCX and try it; return what it can do and what would improve it, or why it cannot be used."""
+    if importlib.util.find_spec("ucxx") is None:
+        return [f"not installed: {MissingExtraError('ucxx', 'ucx')}"]
+    from kvmarket.transport.ucx_facts import gather
+
+    try:
+        facts = gather(environ)
+    except TransportError as error:
+        return [f"NO: {error}"]
+    listens = "always" if config.transport == "ucx" else "with a registry that other hosts share"
+    if config.transport in {"inproc", "shm"}:
+        listens = f"never, with KVMARKET_TRANSPORT={config.transport}"
+    said = [*facts.lines(), f"owners here listen for it {listens}"]
+    return said + [f"to change: {text}" for text in facts.advice()]
+
+
 def usage(registry: Registry) -> Usage:
     """Count what is in an embedded registry."""
     registry = _embedded(registry)
     return Usage(*registry.usage())
 
 
-def view_owners(registry: Registry, config: MarketConfig) -> list[OwnerView]:
-    """Connect to every region of every live owner and say how, or why not."""
+def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = False) -> list[OwnerView]:
+    """Connect to every region of every live owner and say how, or why not; `explain`: of every transport."""
     registry = _embedded(registry)
-    selector = TransportSelector(make_transports(config.transport))
+    selector = TransportSelector(make_transports(config, os.environ))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():
-        verdicts = []
+        verdicts: list[str] = []
+        paths: tuple[tuple[str, bool, str], ...] = ()
         for region_id in regions:
             try:
                 wire = registry.region(owner.owner, region_id)
                 if wire is None:
                     continue
                 descriptor = RegionDescriptor.from_wire(wire)
+                if explain and not paths:
+                    paths = tuple(selector.explain(owner, descriptor))
                 connection = selector.connection(owner, region_id, partial(_given, descriptor))
                 pages = f"{descriptor.layout.num_pages} pages of {descriptor.layout.page_bytes} bytes"
                 verdicts.append(f"region {region_id} ({pages}) by {connection.scheme}, {connection.path}")
             except KVMarketError as error:
                 verdicts.append(f"region {region_id} NOT reachable: {error}")
-        views.append(OwnerView(str(owner), "; ".join(verdicts) or "lends nothing yet"))
+        views.append(OwnerView(str(owner), "; ".join(verdicts) or "lends nothing yet", paths))
     selector.close()
     return views
 

@@ -285,7 +285,8 @@ class Marketplace:
     async def _read(self, found: LookupResult, target: np.ndarray, deadline: Deadline) -> Outcome:
         local, pages = PagedMemory.packed(target), np.arange(found.blocks)
         fetcher = self._core.fetcher
-        if found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
+        small = found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX
+        if small and self._core.transports.immediate(found.owners.values()):
             return fetcher.read(found, local, pages, deadline)
         try:
             if self._slots.locked():

@@ -30,6 +30,7 @@ LABELLED = {
     "misses": ("reason", "look-ups that ended before the prompt did, by reason"),
     "blocks_refused": ("reason", "blocks read and discarded, by reason"),
     "transport_bytes": ("transport", "bytes read from peers, by the transport that really carried them"),
+    "path_bytes": ("path", "bytes read from peers, by the way they took: mapped memory, or the lanes of UCX"),
 }
 """Counters with one more label: name -> (label, documentation)."""
 

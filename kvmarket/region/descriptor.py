@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError, RegistryProtocolError
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096
+ADDRESSES_MAX = 64
+_ADDRESS_CHARS_MAX = 255
 WORD_MAX = 32
 
 
@@ -29,6 +31,7 @@ class RegionDescriptor:
         memories: shared memories, empty when only the owner's process can read the region.
         generations: the generation table.
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
+        endpoints: transport -> where the owner listens for it, (address, port) in order of preference.
         verify: how the owner verifies what it adopts, and so what it passes on: ``full``, ``sampled`` or ``none``.
     """
 
@@ -39,10 +42,11 @@ class RegionDescriptor:
     generations: MemoryAddress
     probe: bytes
     verify: str = "none"
+    endpoints: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
-        return {
+        wire = {
             "region": self.region_id,
             "spec": self.fingerprint,
             "layout": self.layout.as_list(),
@@ -51,6 +55,9 @@ class RegionDescriptor:
             "probe": self.probe,
             "verify": self.verify,
         }
+        if self.endpoints:
+            wire["endpoints"] = {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()}
+        return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RegionDescriptor:
@@ -74,6 +81,7 @@ class RegionDescriptor:
                 memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
+                endpoints=_endpoints(wire.get("endpoints", {})),
                 verify=_word(wire["verify"]),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
@@ -89,6 +97,21 @@ def _integer(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r} is not a non-negative integer")
     return value
+
+
+def _endpoints(wire: Any) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Read the optional map of listening addresses; descriptors made before there was one have none."""
+    if not isinstance(wire, dict):
+        raise TypeError("endpoints must be a map")
+    found: dict[str, tuple[tuple[str, int], ...]] = {}
+    for scheme, where in wire.items():
+        if not isinstance(scheme, str) or not isinstance(where, list) or len(where) > ADDRESSES_MAX:
+            raise ValueError("endpoints must name lists of addresses")
+        for address, port in where:
+            if not isinstance(address, str) or len(address) > _ADDRESS_CHARS_MAX or not 0 < _integer(port) < 1 << 16:
+                raise ValueError(f"{address!r}:{port!r} is not an address")
+        found[scheme] = tuple((address, port) for address, port in where)
+    return found
 
 
 def _data(value: object, length: int) -> bytes:

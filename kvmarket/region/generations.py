@@ -19,6 +19,14 @@ _MAGIC = b"KVMGEN\x00\x01"
 _HEADER_BYTES = 4096
 PROBE_BYTES = 64
 INCARNATION_BYTES = 16
+VALUES_OFFSET = _HEADER_BYTES
+"""Where the counters start in a table; before them is `table_header`."""
+
+
+def table_header(incarnation: bytes, num_pages: int, probe: bytes) -> bytes:
+    """Return the first bytes of a table: a reader that finds them has reached the incarnation and region it meant."""
+    identity = _MAGIC + incarnation + num_pages.to_bytes(8, "little")
+    return identity.ljust(64, b"\0") + probe
 
 
 def memory_fence() -> None:
@@ -40,9 +48,8 @@ class GenerationTable:
     def __init__(self, num_pages: int, incarnation: bytes) -> None:
         self.memory = SharedMemory(_HEADER_BYTES + 8 * num_pages, "generations")
         self.probe = os.urandom(PROBE_BYTES)
-        header = _MAGIC + incarnation + num_pages.to_bytes(8, "little")
+        header = table_header(incarnation, num_pages, self.probe)
         self.memory.array[: len(header)] = np.frombuffer(header, np.uint8)
-        self.memory.array[64 : 64 + PROBE_BYTES] = np.frombuffer(self.probe, np.uint8)
         self.values: np.ndarray = self.memory.array[_HEADER_BYTES:].view(np.uint64)
 
     def invalidate(self, pages: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.generations import GenerationTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory, PageLayout
@@ -61,8 +61,8 @@ class LentRegion:
         """Stop peers from adopting `pages`, at once. Call it before their bytes change."""
         self.generations.invalidate(self.page_numbers(pages))
 
-    def describe(self) -> RegionDescriptor:
-        """What peers are told of this region."""
+    def describe(self, endpoints: Mapping[str, tuple[tuple[str, int], ...]] | None = None) -> RegionDescriptor:
+        """What peers are told of this region; `endpoints`: where its owner listens, by transport."""
         return RegionDescriptor(
             region_id=self.region_id,
             fingerprint=self._fingerprint,
@@ -70,6 +70,7 @@ class LentRegion:
             memories=tuple(memory.address for memory in self._shared),
             generations=self.generations.memory.address,
             probe=self.generations.probe,
+            endpoints=endpoints or {},
             verify=self._verify,
         )
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvmarket.testing._framing import Channel
 from kvmarket.testing._vllm_engine import EngineDriver
+from kvmarket.testing.networks import enter_network
 
 if TYPE_CHECKING:
     from kvmarket.testing.vllm_replica import ReplicaConfig
@@ -144,6 +145,8 @@ def _replica(config: ReplicaConfig, sock_fd: int, log_fd: int) -> None:
 def _serve(config: ReplicaConfig, channel: Channel, began: float) -> None:
     os.environ.update(config.environ)
     try:
+        if config.network:
+            enter_network(config.network)
         driver = EngineDriver(config)
     except Exception:
         channel.send((0, False, traceback.format_exc()), timeout_s=_REPLY_TIMEOUT_S)

@@ -61,6 +61,7 @@ class ReplicaConfig:
         max_sequences: Requests per engine step.
         dtype: Of weights, activations and KV cache. Comparing tokens needs ``float32``.
         environ: Added to the environment before the engine is built.
+        network: Name of a network namespace to move into before that; see `kvmarket.testing.networks`.
         engine_args: Further ``vllm.EngineArgs`` fields; they override the ones above.
     """
 
@@ -73,6 +74,7 @@ class ReplicaConfig:
     max_sequences: int = 8
     dtype: str = "float32"
     environ: Mapping[str, str] = field(default_factory=dict)
+    network: str = ""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
     from kvmarket.region.pages import PagedMemory
+    from kvmarket.region.region import LentRegion
     from kvmarket.report import TransferReport
 
 OnGroup = Callable[[np.ndarray], None]
@@ -65,6 +66,8 @@ class Connection(ABC):
     scheme: str
     path: str
     """How the bytes really travel, for reports."""
+    immediate: bool = False
+    """A read copies memory and waits for nobody, so that an event loop may do a small one itself."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
@@ -114,3 +117,23 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything. Connections must be closed first. Idempotent."""
+
+
+class ServingTransport(Transport):
+    """A backend whose owners answer readers, where memory cannot be mapped."""
+
+    @abstractmethod
+    def serve(self, incarnation: bytes) -> tuple[tuple[str, int], ...]:
+        """Listen for readers, if not yet, and return the (address, port) pairs to announce.
+
+        Raises:
+            TransportUnavailableError, MissingExtraError: this backend cannot be used here.
+        """
+
+    @abstractmethod
+    def lend(self, region: LentRegion) -> None:
+        """Serve a region from now on."""
+
+    @abstractmethod
+    def stop_serving(self) -> None:
+        """Drop every reader; when it returns, no lent memory is touched any more. Idempotent."""

@@ -22,6 +22,8 @@ GROUP_BYTES = 4 << 20
 class MappedConnection(Connection):
     """Pages and generations of one region, both readable by plain loads."""
 
+    immediate = True
+
     def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
         self.scheme, self.path = scheme, path
         self._pages, self._generations = pages, generations

@@ -6,10 +6,10 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from kvmarket.errors import TransportUnavailableError
+from kvmarket.errors import TransportError, TransportUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
@@ -62,10 +62,36 @@ class TransportSelector:
                 reasons.append(f"{transport.scheme}: {error}")
         raise TransportUnavailableError("; ".join(reasons), scheme="+".join(self.schemes), peer=str(owner))
 
+    def explain(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> list[tuple[str, bool, str]]:
+        """Try every transport to a region; return (scheme, reached, path or reason) in order of preference.
+
+        The first that reached is the one that reads would take. No connection is kept.
+        """
+        found = []
+        for transport in self._transports:
+            try:
+                connection = transport.connect(owner, descriptor)
+            except TransportError as error:
+                found.append((transport.scheme, False, str(error)))
+            else:
+                found.append((transport.scheme, True, connection.path))
+                connection.close()
+        return found
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """The transports in order of preference."""
         return tuple(transport.scheme for transport in self._transports)
+
+    def immediate(self, owners: Iterable[OwnerInfo]) -> bool:
+        """Tell whether reads from these owners wait for nobody, as far as is known: connecting to a host may wait."""
+        if not any(transport.capabilities.cross_host for transport in self._transports):
+            return True
+        with self._lock:
+            waits: dict[bytes, bool] = {}
+            for (incarnation, _), connection in self._connections.items():
+                waits[incarnation] = waits.get(incarnation, False) or not connection.immediate
+        return not any(waits.get(owner.incarnation, True) for owner in owners)
 
     def forget(self, owner: OwnerInfo) -> None:
         """Drop the connections to an owner that is gone, and with them its mapped memory."""

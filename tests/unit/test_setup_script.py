@@ -184,3 +184,34 @@ def test_an_old_python_is_told_what_to_do():
     assert done.returncode == 1
     assert "needs Python 3.11 or newer" in done.stderr
     assert "make PYTHON=" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "installed"),
+    [
+        ("", [".[dev,ucx]"]),
+        ("ERROR: No matching distribution found for ucxx-cu12>=0.52; extra == 'ucx'", [".[dev,ucx]", ".[dev]"]),
+        ("ERROR: No matching distribution found for numpy>=1.26", [".[dev,ucx]"]),
+    ],
+)
+def test_only_a_missing_ucxx_is_done_without(setup, tmp_path, monkeypatch, said, installed):
+    asked, shown = [], io.StringIO()
+
+    def pip(_, *arguments):
+        asked.append(arguments[-1])
+        if said and "ucx" in arguments[-1]:
+            raise setup.StepFailedError("pip install failed", [said])
+
+    monkeypatch.setattr(setup.Setup, "pip", pip)
+    goal = setup.Stamp(project="new")
+    work = setup.Setup(
+        vllm=False, console=setup.Console(shown), runner=None, venv=tmp_path, stamp=setup.Stamp(), goal=goal
+    )
+    if "numpy" in said:
+        with pytest.raises(setup.StepFailedError):
+            work.install_project()
+    else:
+        work.install_project()
+        assert work.stamp.project == "new"
+    assert asked == installed
+    assert ("will be skipped" in shown.getvalue()) == ("ucxx" in said)

@@ -1,0 +1,271 @@
+"""How fast does UCX carry pages between processes, beside memcpy and beside NIXL on the same UCX lanes?
+
+Every figure is a ratio to one thread's memcpy of as many bytes, taken in the same rounds: 1.0 is as fast as memcpy.
+
+    kvmarket  `Connection.read` of the `ucx` transport: generations checked before and after, as every fetch does
+    nixl      NIXL's READ of prepared descriptor lists, its owner calling it only while it is read
+    nixl_progress_thread   the same, both sides with NIXL's progress thread, in rounds of its own, for it spins
+
+Cases: 64 MiB in one piece; 1,000 blocks of 32 KiB from random places of a 128 MiB pool to random places of another;
+4 KiB for the latency (microseconds, not a ratio). Lanes: what UCX takes between processes of one host
+(shared memory and CMA), and TCP over loopback. Idle CPU is that of both processes together, connected, as a share of one core.
+
+With --peer nixl an environment for it is made in .venv-nixl (nixl-cu12, 270 MB), over the packages of this one.
+Aims, on CMA: contiguous 0.9 and NIXL's; blocks 0.7 and 1.3 of NIXL's; 4 KiB in 100 us. On TCP: 2 of NIXL's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from common import MemcpyReference, finish, interleave, log
+
+from kvmarket.deadline import Deadline
+from kvmarket.identity import OwnerInfo
+from kvmarket.region.descriptor import RegionDescriptor
+from kvmarket.region.memory import SharedMemory, private_huge_pages
+from kvmarket.region.pages import PagedMemory, PageLayout
+from kvmarket.region.region import LentRegion
+from kvmarket.transport import ReadRequest
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection as Pipe
+
+ROOT = Path(__file__).resolve().parents[1]
+NIXL = "nixl-cu12==1.5.1"
+POOL_BYTES = 128 << 20
+PAGE_BYTES = {"contiguous": 2 << 20, "blocks": 32 << 10, "latency": 4 << 10}
+PAGES = {"contiguous": 32, "blocks": 1000, "latency": 1}
+READS_PER_LATENCY = 200
+LANES = {"cma": "", "tcp": "tcp"}
+ROUNDS, QUICK_ROUNDS = 15, 2
+START_S = 120.0
+IDLE_S = 2.0
+
+
+def _pages(case: str, seed: int) -> np.ndarray:
+    if case == "blocks":
+        return np.random.default_rng(seed).permutation(POOL_BYTES // PAGE_BYTES[case])[: PAGES[case]]
+    return np.arange(PAGES[case])
+
+
+def own(pipe: Pipe, lanes: str) -> None:
+    """Lend one pool as regions of every page size, until told to stop; a process of its own."""
+    _choose(lanes)
+    from kvmarket.transport.ucx import UcxTransport
+
+    transport, incarnation = UcxTransport(os.environ, addresses=("127.0.0.1",)), os.urandom(16)
+    endpoints = {transport.scheme: transport.serve(incarnation)}
+    memory = SharedMemory(POOL_BYTES, "bench")
+    memory.array[:] = np.frombuffer(np.random.default_rng(9).bytes(POOL_BYTES), np.uint8)
+    regions = {}
+    for number, (case, page_bytes) in enumerate(PAGE_BYTES.items()):
+        pages = PagedMemory(PageLayout.packed(POOL_BYTES // page_bytes, page_bytes), (memory.array,))
+        regions[case] = LentRegion(number, incarnation, pages, [memory], bytes(16))
+        transport.lend(regions[case])
+    told = {
+        case: (region.describe(endpoints).to_wire(), region.generations.validate(_pages(case, 8)))
+        for case, region in regions.items()
+    }
+    pipe.send((incarnation, told))
+    while pipe.recv() == "cpu":
+        pipe.send(time.process_time())
+    transport.stop_serving()
+    for region in regions.values():
+        region.close()
+    transport.close()
+
+
+def _choose(lanes: str) -> None:
+    os.environ.pop("UCX_TLS", None)
+    if LANES[lanes]:
+        os.environ["UCX_TLS"] = LANES[lanes]
+
+
+class Ours:
+    """A reader of this process and its owner in another."""
+
+    def __init__(self, lanes: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=own, args=(theirs, lanes), daemon=True)
+        self._process.start()
+        if not self._pipe.poll(START_S):
+            raise SystemExit("the owner did not start")
+        incarnation, told = self._pipe.recv()
+        _choose(lanes)
+        from kvmarket.transport.ucx import UcxTransport
+
+        self._transport = UcxTransport(os.environ)
+        owner = OwnerInfo(1, incarnation, self._process.pid or 0, 0, "", "bench")
+        self._pool = private_huge_pages(POOL_BYTES)
+        self._reads = {}
+        for case, (wire, generations) in told.items():
+            connection = self._transport.connect(owner, RegionDescriptor.from_wire(wire))
+            local = PagedMemory(PageLayout.packed(POOL_BYTES // PAGE_BYTES[case], PAGE_BYTES[case]), (self._pool,))
+            self._reads[case] = connection, ReadRequest(_pages(case, 8), generations, local, _pages(case, 10))
+            self.path = connection.path
+
+    def run(self, case: str) -> float:
+        connection, request = self._reads[case]
+        seconds = []
+        for _ in range(READS_PER_LATENCY if case == "latency" else 1):
+            began = time.perf_counter()
+            report = connection.read(request, deadline=Deadline(30.0))
+            seconds.append(time.perf_counter() - began)
+            if report.pages != PAGES[case]:
+                raise SystemExit(f"only {report.pages} pages came: {report.refused}")
+        return statistics.median(seconds)
+
+    def right(self) -> bool:
+        """Tell whether the blocks read last are the owner's."""
+        data = np.frombuffer(np.random.default_rng(9).bytes(POOL_BYTES), np.uint8).reshape(-1, PAGE_BYTES["blocks"])
+        mine = self._pool[:POOL_BYTES].reshape(data.shape)
+        return bool((mine[_pages("blocks", 10)] == data[_pages("blocks", 8)]).all())
+
+    def idle(self) -> float:
+        self._pipe.send("cpu")
+        before = self._pipe.recv() + time.process_time()
+        time.sleep(IDLE_S)
+        self._pipe.send("cpu")
+        return float(self._pipe.recv() + time.process_time() - before) / IDLE_S
+
+    def close(self) -> None:
+        self._transport.close()
+        self._pipe.send("stop")
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+class Nixl:
+    """NIXL's two processes, see nixl_peer.py."""
+
+    def __init__(self, python: Path, lanes: str, *, progress_thread: bool) -> None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+        environ |= {"PYTHONPATH": str(ROOT), "UCX_NET_DEVICES": "lo"} if LANES[lanes] else {"PYTHONPATH": str(ROOT)}
+        environ |= {"UCX_TLS": LANES[lanes]} if LANES[lanes] else {}
+        command = [str(python), str(ROOT / "bench" / "nixl_peer.py"), "--nbytes", str(POOL_BYTES)]
+        command += ["--contiguous-bytes", str(PAGES["contiguous"] * PAGE_BYTES["contiguous"])]
+        command += ["--blocks", str(PAGES["blocks"]), "--block-bytes", str(PAGE_BYTES["blocks"])]
+        command += ["--progress-thread"] if progress_thread else []
+        self._process = subprocess.Popen(
+            command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise SystemExit("NIXL's process has no pipes")
+        self._commands, self._answers = self._process.stdin, self._process.stdout
+        self._answer()
+
+    def _answer(self) -> Any:
+        line = self._answers.readline()
+        if not line:
+            raise SystemExit("NIXL's process died")
+        return json.loads(line)
+
+    def run(self, what: str) -> Any:
+        self._commands.write(what + "\n")
+        self._commands.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.communicate(timeout=10)
+
+
+def nixl_python() -> Path:
+    """Return an interpreter that has NIXL, made on first use over the packages of this environment (it needs torch)."""
+    home = ROOT / ".venv-nixl"
+    python = home / "bin" / "python"
+    if not (home / "done").exists():
+        log(f"installing {NIXL} into {home.name}")
+        venv.create(home, clear=True)
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
+        (packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-input", "--no-deps", NIXL]
+        subprocess.run(pip, check=True)
+        (home / "done").touch()
+    return python
+
+
+async def compare(lanes: str, rounds: int, python: Path | None) -> dict[str, Any]:
+    """Measure one kind of lanes."""
+    log(f"measuring over {lanes}")
+    ours = Ours(lanes)
+    peer = Nixl(python, lanes, progress_thread=False) if python else None
+    result: dict[str, Any] = {"path": ours.path}
+    print(f"\n{lanes}: {ours.path}")
+    for case in PAGE_BYTES:
+        operations: dict[str, Any] = {"kvmarket": lambda case=case: ours.run(case)}
+        if peer is not None:
+            operations["nixl"] = lambda case=case, peer=peer: peer.run(case)
+        result[case] = await _measure(case, operations, rounds)
+        if peer is not None and case != "latency":
+            result[case]["kvmarket_to_nixl"] = result[case].pop("pairs")
+        if case == "blocks":
+            result["right"] = ours.right() and (peer is None or peer.run("right"))
+    result["idle_cpu"] = {"kvmarket": ours.idle()} | ({"nixl": peer.run("idle")} if peer else {})
+    ours.close()
+    if peer is not None and python is not None:
+        peer.close()
+        peer = Nixl(python, lanes, progress_thread=True)
+        for case in PAGE_BYTES:
+            operations = {"nixl_progress_thread": lambda case=case, peer=peer: peer.run(case)}
+            result[case] |= await _measure(case, operations, rounds)
+        result["idle_cpu"]["nixl_progress_thread"] = peer.run("idle")
+        peer.close()
+    print(
+        "  idle CPU          " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in result["idle_cpu"].items())
+    )
+    return result
+
+
+async def _measure(case: str, operations: dict[str, Any], rounds: int) -> dict[str, Any]:
+    nbytes = PAGES[case] * PAGE_BYTES[case]
+    memcpy = MemcpyReference(nbytes)
+    order = np.random.default_rng(8).permutation(PAGES[case])
+    reference = memcpy.blocks(order) if case == "blocks" else memcpy.contiguous
+    samples = await interleave(operations, reference, rounds)
+    found: dict[str, Any] = {}
+    for name in operations:
+        seconds = samples.median(name)
+        found[name] = seconds * 1e6 if case == "latency" else samples.ratio(name)
+        found[f"{name}_gbps"] = nbytes / seconds / 1e9
+        unit = f"p50 {found[name]:.1f} us" if case == "latency" else f"{found[name]:.3f} of memcpy"
+        print(f"  {case:11} {name:21} {unit}  {found[f'{name}_gbps']:.2f} GB/s")
+    if len(operations) > 1 and case != "latency":
+        times = zip(samples.seconds["nixl"], samples.seconds["kvmarket"], strict=True)
+        found["pairs"] = statistics.median(theirs / mine for theirs, mine in times)
+        print(f"  {case:11} kvmarket to nixl      {found['pairs']:.3f}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works, not how fast it is")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds per case (default: %(default)s)")
+    parser.add_argument("--peer", choices=["none", "nixl"], default="none", help="whom to run beside")
+    parser.add_argument("--nixl-python", type=Path, help="an interpreter that has nixl_cu12 and numpy already")
+    parser.add_argument("--lanes", choices=list(LANES), action="append", help="only these")
+    args = parser.parse_args()
+    rounds = QUICK_ROUNDS if args.quick else args.rounds
+    python = None if args.peer == "none" else args.nixl_python or nixl_python()
+    result = {lanes: asyncio.run(compare(lanes, rounds, python)) for lanes in args.lanes or LANES}
+    load = os.getloadavg()[0]
+    finish({"bench": "transport", "quick": args.quick, "peer": args.peer, "rounds": rounds, "load": load, **result})
+
+
+if __name__ == "__main__":
+    main()

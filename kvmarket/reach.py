@@ -1,0 +1,91 @@
+"""From settings to transports: which backends a marketplace may use, and which of them listen for its readers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING
+
+from kvmarket.errors import MissingExtraError, TransportUnavailableError
+from kvmarket.registry.host import boot_id, pid_namespace
+from kvmarket.transport.base import ServingTransport
+from kvmarket.transport.inproc import InprocTransport
+from kvmarket.transport.shm import ShmTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kvmarket.config import MarketConfig
+    from kvmarket.region.region import LentRegion
+    from kvmarket.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+
+def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
+    """Return the backends that ``KVMARKET_TRANSPORT`` allows, in order.
+
+    ``auto`` has UCX when ucxx is installed, for owners that the others do not reach; it starts with the first of them.
+
+    Raises:
+        MissingExtraError: ``ucx`` is asked for and ucxx is not installed.
+    """
+    if config.transport == "inproc":
+        return [InprocTransport()]
+    shm = ShmTransport(boot_id(), pid_namespace())
+    if config.transport == "shm":
+        return [shm]
+    has_ucx = importlib.util.find_spec("ucxx") is not None
+    if config.transport == "ucx" and not has_ucx:
+        raise MissingExtraError("ucxx", "ucx")
+    if not has_ucx:
+        return [InprocTransport(), shm]
+    from kvmarket.transport.ucx import UcxTransport
+
+    addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
+    ucx = UcxTransport(environ, require=config.ucx_require, addresses=addresses)
+    return [ucx] if config.transport == "ucx" else [InprocTransport(), shm, ucx]
+
+
+class Listeners:
+    """The transports that answer readers of this process's regions. Not thread-safe.
+
+    With ``auto`` they listen only where other hosts can look the owner up, and one that cannot listen is done without.
+    """
+
+    def __init__(self, transports: Sequence[Transport], *, auto: bool, this_host_only: bool) -> None:
+        self._auto = auto
+        wanted = [] if auto and this_host_only else transports
+        self._servers = [transport for transport in wanted if isinstance(transport, ServingTransport)]
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Which transports listen, or will with the first region."""
+        return tuple(server.scheme for server in self._servers)
+
+    def endpoints(self, incarnation: bytes) -> dict[str, tuple[tuple[str, int], ...]]:
+        """Listen, if not yet, and return what to announce: transport -> (address, port) pairs.
+
+        Raises:
+            TransportUnavailableError, MissingExtraError: a transport that was asked for by name cannot listen.
+        """
+        found: dict[str, tuple[tuple[str, int], ...]] = {}
+        for server in list(self._servers):
+            try:
+                found[server.scheme] = server.serve(incarnation)
+            except TransportUnavailableError as error:
+                if not self._auto:
+                    raise
+                logger.warning("kvmarket: other hosts cannot fetch from here: %s", error)
+                self._servers.remove(server)
+        return found
+
+    def lend(self, region: LentRegion) -> None:
+        """Serve a region; `endpoints` must have been called."""
+        for server in self._servers:
+            server.lend(region)
+
+    def close(self) -> None:
+        """Drop every reader; when it returns, no lent memory is touched any more."""
+        for server in self._servers:
+            server.stop_serving()

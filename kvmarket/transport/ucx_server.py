@@ -1,0 +1,254 @@
+"""The owner's side of the UCX transport: a listener, and one session per reader that connected.
+
+A session is a plain state machine over messages (`ServerSession.on_control`); its only effects are calls of the driver.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmarket.region.generations import memory_fence, readable
+from kvmarket.transport import ucx_api as api
+from kvmarket.transport.ucx_iov import PIECES_MAX, local_iov
+from kvmarket.transport.ucx_wire import (
+    VERSION_MAX,
+    VERSION_MIN,
+    Describe,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Read,
+    Refused,
+    Region,
+    Trailer,
+    Welcome,
+    WireError,
+    common_version,
+    decode,
+    encode,
+    encode_data_header,
+)
+
+if TYPE_CHECKING:
+    from kvmarket.region.region import LentRegion
+    from kvmarket.transport.ucx_driver import Endpoint, Payload, UcxDriver
+
+logger = logging.getLogger(__name__)
+
+SESSIONS_MAX = 1024
+READS_MAX = 64
+"""Reads of one reader that may be under way at once."""
+READ_BYTES_MAX = 64 << 20
+"""Bytes of one read, unless a single page has more."""
+HELLO_S = 5.0
+"""A connection that does not introduce itself within this is closed."""
+CALL_S = 5.0
+
+
+class RegionKeys:
+    """Registrations of one region for one-sided reads, made when the first reader asks."""
+
+    def __init__(self, context: int, region: LentRegion) -> None:
+        self._context = context
+        self._handles: list[int] = []
+        self.memories = [self._register(array) for array in region.pages.memories]
+        self.table = [self._register(region.generations.memory.array)]
+
+    def _register(self, array: np.ndarray) -> tuple[int, int, bytes]:
+        address, nbytes = array.ctypes.data, array.nbytes
+        handle = api.map_memory(self._context, address, nbytes)
+        self._handles.append(handle)
+        return address, nbytes, api.pack_rkey(self._context, handle)
+
+    def close(self) -> None:
+        """Give the registrations back."""
+        for handle in self._handles:
+            api.libucp().ucp_mem_unmap(self._context, handle)
+        self._handles.clear()
+
+
+class UcxServer:
+    """Serves the regions of one owner. Every reader must know the owner's incarnation, which only the registry tells.
+
+    Args:
+        driver: whose worker listens; the server's state belongs to the driver's thread.
+        incarnation: 16 bytes.
+        addresses: addresses to announce; default: every IPv4 address of this host that is up.
+    """
+
+    def __init__(self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...] = ()) -> None:
+        self.driver, self.incarnation = driver, incarnation
+        self.regions: dict[int, LentRegion] = {}
+        self.sessions: set[ServerSession] = set()
+        self._keys: dict[int, RegionKeys] = {}
+        port = driver.call(lambda: driver.listen(self._accept), CALL_S)
+        self.endpoints = tuple((address, port) for address in addresses or host_addresses())
+
+    def add(self, region: LentRegion) -> None:
+        """Serve a region from now on. Any thread."""
+        self.regions[region.region_id] = region
+
+    def keys(self, region: LentRegion) -> RegionKeys:
+        """Return a region's registrations, making them on first use."""
+        if region.region_id not in self._keys:
+            self._keys[region.region_id] = RegionKeys(int(self.driver.context.handle), region)
+        return self._keys[region.region_id]
+
+    def _accept(self, endpoint: Endpoint) -> ServerSession:
+        session = ServerSession(self, endpoint)
+        self.sessions.add(session)
+        self.driver.tickers.add(session.tick)
+        if len(self.sessions) > SESSIONS_MAX:
+            self.driver.submit(lambda: self.driver.disconnect(endpoint, "too many readers"))
+        return session
+
+    def close(self) -> None:
+        """Stop listening and drop every reader; no region's memory is touched after it. Other threads; idempotent."""
+        if self.driver.alive:
+            self.driver.call(self._close, CALL_S)
+
+    def _close(self) -> None:
+        self.driver.stop_listening()
+        self.regions.clear()
+        for session in list(self.sessions):
+            self.driver.disconnect(session.endpoint, "the owner closed")
+        for keys in self._keys.values():
+            keys.close()
+        self._keys.clear()
+
+
+class ServerSession:
+    """One reader's connection."""
+
+    def __init__(self, server: UcxServer, endpoint: Endpoint) -> None:
+        self._server, self._driver, self.endpoint = server, server.driver, endpoint
+        self._welcomed = False
+        self._reads = 0
+        self._hello_until = time.monotonic() + HELLO_S
+
+    def tick(self, now: float) -> None:
+        """Close a connection that never introduced itself."""
+        if now > self._hello_until:
+            self._driver.disconnect(self.endpoint, "no HELLO came")
+
+    def on_control(self, data: bytes) -> None:
+        """Answer one message; anything that is not one ends the session."""
+        try:
+            message = decode(data)
+        except WireError as error:
+            logger.debug("kvmarket: a reader sent %s", error)
+            self._driver.disconnect(self.endpoint, str(error))
+            return
+        if isinstance(message, Hello):
+            self._hello(message)
+        elif not self._welcomed:
+            self._driver.disconnect(self.endpoint, "a message came before HELLO")
+        elif isinstance(message, Read):
+            self._read(message)
+        elif isinstance(message, Describe):
+            self._describe(message)
+        elif isinstance(message, Ping):
+            self._send(Pong())
+        else:
+            self._driver.disconnect(self.endpoint, "a message came that only owners send")
+
+    def on_data(self, header: bytes, payload: Payload) -> None:
+        """Readers send no data."""
+        del header
+        self._driver.drop(payload)
+        self._driver.disconnect(self.endpoint, "a reader sent data")
+
+    def on_closed(self, why: str) -> None:
+        """Forget the reader."""
+        logger.debug("kvmarket: a reader is gone: %s", why)
+        self._server.sessions.discard(self)
+        self._driver.tickers.discard(self.tick)
+
+    def _send(self, message: Message) -> None:
+        self._driver.send_control(self.endpoint, encode(message))
+
+    def _hello(self, hello: Hello) -> None:
+        version = common_version(hello)
+        if version is None:
+            wanted = f"{hello.version_min} to {hello.version_max}"
+            self._send(Refused("version", f"this owner speaks {VERSION_MIN} to {VERSION_MAX}, not {wanted}"))
+        elif hello.incarnation != self._server.incarnation:
+            self._send(Refused("incarnation", "another incarnation listens here"))
+        else:
+            self._welcomed = True
+            self._driver.tickers.discard(self.tick)
+            self._send(Welcome(version))
+
+    def _describe(self, ask: Describe) -> None:
+        region = self._server.regions.get(ask.region)
+        if region is None:
+            self._send(Refused("region", f"region {ask.region} is not lent here", ask.transfer))
+            return
+        probe = region.generations.probe
+        if not ask.keys:
+            self._send(Region(ask.transfer, probe, [], []))
+            return
+        try:
+            keys = self._server.keys(region)
+        except api.UcxError as error:
+            self._send(Refused("keys", f"the memory cannot be registered: {error}", ask.transfer))
+            return
+        self._send(Region(ask.transfer, probe, keys.memories, keys.table))
+
+    def _read(self, ask: Read) -> None:
+        region = self._server.regions.get(ask.region)
+        if region is None:
+            self._send(Refused("region", f"region {ask.region} is not lent here", ask.transfer))
+            return
+        pages, generations = ask.page_numbers, ask.page_generations
+        layout = region.layout
+        nbytes, pieces = len(pages) * layout.page_bytes, len(pages) * len(layout.segments)
+        too_large = len(pages) > 1 and (nbytes > READ_BYTES_MAX or pieces > PIECES_MAX)
+        if int(pages.max()) >= layout.num_pages or too_large:
+            self._send(Refused("read", f"{len(pages)} pages are too many, or not of this region", ask.transfer))
+        elif self._reads >= READS_MAX:
+            self._send(Refused("busy", f"{READS_MAX} reads are under way", ask.transfer))
+        else:
+            self._serve(region, ask.transfer, pages, generations)
+
+    def _serve(self, region: LentRegion, transfer: int, pages: np.ndarray, generations: np.ndarray) -> None:
+        """Check, send in place, check again."""
+        values = region.generations.values
+        stale = np.flatnonzero(~readable(values, pages, generations))
+        if len(stale):
+            self._send(Trailer(transfer, stale.tolist(), []))
+            return
+        memory_fence()  # the bytes are read after the generations
+        self._reads += 1
+
+        def sent(status: int) -> None:
+            self._reads -= 1
+            if status != api.UCS_OK:
+                return  # the endpoint is failing; its end is reported by UCX
+            memory_fence()  # and the generations again after the bytes
+            self._send(Trailer(transfer, [], np.flatnonzero(values[pages] != generations).tolist()))
+
+        self._driver.send_data(self.endpoint, encode_data_header(transfer), local_iov(region.pages, pages), sent)
+
+
+def host_addresses() -> tuple[str, ...]:
+    """Return the IPv4 addresses of this host's interfaces, loopback only when there is no other."""
+    import fcntl
+    import struct
+
+    found: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError:
+                continue  # an interface without an IPv4 address
+            found.append(socket.inet_ntoa(answer[20:24]))
+    return tuple(address for address in found if not address.startswith("127.")) or ("127.0.0.1",)

@@ -1,0 +1,82 @@
+"""Replicas on two hosts, as far as the network goes: blocks travel through UCX, and no token changes."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from kvmarket.testing.networks import DEVICES, NetworksUnavailableError, two_hosts
+from kvmarket.testing.tiny_models import random_prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed")]
+
+BLOCK = 32
+PROMPT_TOKENS = 1600
+ANSWER_TOKENS = 12
+# The two share a kernel, by which UCX would take them for one host; between hosts there is only the wire.
+ENVIRON = {
+    "KVMARKET_TRANSPORT": "ucx",
+    "KVMARKET_FETCH_DEADLINE_S": "10",
+    "UCX_TLS": "tcp",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    try:
+        with two_hosts() as names:
+            yield names
+    except NetworksUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def pair(hosts, fleet):
+    roomy = {"kv_cache_bytes": 192 << 20, "environ": ENVIRON}
+    yield fleet.start_all(*({**roomy, "network": network} for network in hosts))
+    fleet.close()  # before their networks go
+
+
+def tokens(generations):
+    return [generation.tokens for generation in generations]
+
+
+def carried(replica):
+    """Return bytes by the way they took."""
+    name = "vllm:kvmarket_path_bytes{path="
+    found = {key: value for key, value in replica.counters().items() if key.startswith(name)}
+    return {key.removeprefix(name).removesuffix("}"): value for key, value in found.items() if value}
+
+
+@pytest.mark.slow
+def test_what_one_host_computed_the_other_fetches_and_no_token_changes(pair, fleet, truth):
+    """Both directions, 8 prompts each, every block proven."""
+    asked = [[random_prompt(PROMPT_TOKENS, seed=9000 + 100 * turn + i) for i in range(8)] for turn in range(2)]
+    right = truth.begin_generate(asked[0] + asked[1], max_tokens=ANSWER_TOKENS)
+    for replica, prompts in zip(pair, asked, strict=True):
+        fleet.publish(replica, prompts)
+    right = right.result(timeout_s=60)
+    for turn, (reader, device, prompts) in enumerate(zip(reversed(pair), reversed(DEVICES), asked, strict=True)):
+        fetched = reader.generate(prompts, max_tokens=ANSWER_TOKENS)
+        assert tokens(fetched) == tokens(right[8 * turn : 8 * turn + 8])
+        loaded = sum(answer.external_tokens for answer in fetched)
+        assert min(answer.external_tokens for answer in fetched) >= 0.9 * PROMPT_TOKENS
+        counters = reader.counters()
+        assert counters["vllm:kvmarket_transport_bytes{transport=ucx}"] == counters["vllm:kvmarket_loaded_bytes"] > 0
+        assert counters["vllm:kvmarket_blocks_verified"] == loaded // BLOCK
+        assert counters["vllm:kvmarket_load_failures"] == counters["vllm:kvmarket_errors"] == 0
+        assert carried(reader) == {f"am(tcp/{device})": counters["vllm:kvmarket_loaded_bytes"]}
+
+
+def test_an_owner_that_is_killed_is_recomputed_by_the_other_host(pair, fleet, truth):
+    owner, reader = pair
+    prompts = [random_prompt(PROMPT_TOKENS, seed=9500 + i) for i in range(2)]
+    right = truth.generate(prompts, max_tokens=ANSWER_TOKENS)
+    fleet.publish(owner, prompts)
+    (fetched,) = reader.generate(prompts[:1], max_tokens=ANSWER_TOKENS)
+    owner.kill()
+    owner.wait_exit()
+    (computed,) = reader.generate(prompts[1:], max_tokens=ANSWER_TOKENS)
+    assert fetched.external_tokens >= 0.9 * PROMPT_TOKENS
+    assert computed.external_tokens == 0
+    assert [fetched.tokens, computed.tokens] == tokens(right)

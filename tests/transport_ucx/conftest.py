@@ -1,0 +1,34 @@
+"""Fixtures for tests over UCX; all are skipped where ucxx is not installed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmarket.testing.peers import PeerPool
+
+sys.path.insert(0, str(Path(__file__).parent))  # its owners run in processes of their own, and are imported here, too
+
+
+def pytest_collection_modifyitems(items):
+    """Skip with the reason rather than fail to import."""
+    try:
+        import ucxx  # noqa: F401 - asks whether it is there
+    except ImportError:
+        here = Path(__file__).parent
+        for item in items:
+            if here in item.path.parents and not item.get_closest_marker("without_ucxx"):
+                item.add_marker(pytest.mark.skip(reason="ucxx is not installed (extra 'ucx')"))
+
+
+@pytest.fixture(scope="session")
+def ucx_pool():
+    with PeerPool([Path(__file__).parent / "ucx_owners.py"]) as pool:
+        yield pool
+
+
+@pytest.fixture
+def peers(ucx_pool):
+    """Makes processes that are killed after the test."""
+    yield ucx_pool
+    ucx_pool.reap()
