@@ -204,8 +204,7 @@ class Fetcher:
         if not outcome.blocks:
             return
         try:
-            epoch = self._registry.epoch(self._digest)
-            dead = [owner for owner in used.values() if not self._registry.alive(owner.owner)]
+            epoch, gone = self._registry.still(self._digest, list(used))
         except RegistryError as error:
             outcome.blocks, outcome.reason, outcome.detail = 0, MissReason.REGISTRY_UNAVAILABLE, str(error)
             return
@@ -213,7 +212,7 @@ class Fetcher:
             outcome.blocks, outcome.reason = 0, MissReason.EPOCH_CHANGED
             outcome.detail = "the namespace was told to forget while the fetch ran"
             return
-        for owner in dead:
+        for owner in (used[number] for number in gone):
             self._transports.forget(owner)
             of_owner = found.records[found.records["owner"] == owner.owner]
             outcome.blocks = min(outcome.blocks, int(of_owner["block"].min()))
