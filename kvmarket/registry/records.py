@@ -148,10 +148,10 @@ def decode_records(blocks: Sequence[int], values: Sequence[bytes]) -> BlockRecor
 
 
 def decode_wire(blocks: Sequence[int] | np.ndarray, data: np.ndarray) -> BlockRecords | None:
-    """Decode (n, `RECORD_BYTES`) uint8, contiguous: records of this very version. None if any is not one."""
+    """Decode (n, `RECORD_BYTES`) uint8, rows contiguous: records of this very version. None if any is not one."""
     if not bool((data[:, _TAG_AT] == _TAG_VALUES).all()):
         return None
-    wire = data.reshape(-1).view(_WIRE)
+    wire = data.view(_WIRE)[:, 0]
     records = np.empty(len(wire), RECORD)
     records["block"] = blocks
     for name in ("owner", "region", "page", "generation", "digest"):

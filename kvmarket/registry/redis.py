@@ -201,12 +201,13 @@ class RedisRegistry(Registry):
         epoch, complete = 0, 0
         for start, end in batches(keys):
             epoch, blocks, records = self._lookup_part(digest, keys[start:end], owners)
-            records["block"] += start
+            if start:
+                records["block"] += start
             parts.append(records)
             complete = start + blocks
             if complete < end:
                 break
-        return _longest(epoch, len(keys), complete, np.concatenate(parts), owners)
+        return _longest(epoch, len(keys), complete, parts[0] if len(parts) == 1 else np.concatenate(parts), owners)
 
     def _lookup_part(
         self, digest: bytes, keys: Sequence[bytes], owners: dict[int, OwnerInfo | None]
@@ -219,7 +220,7 @@ class RedisRegistry(Registry):
             asked, tries = self._epochs.get(digest, 0), tries + 1
             prefix = namespace_key(digest, b"r", asked, b"")
             names = fixed + [prefix + head for head in part.heads]
-            sizes: list[bytes | int] = [part.width, SEGMENT_HEAD + RECORD_BYTES, part.counts, part.fields]
+            sizes: list[bytes | int] = [part.width, SEGMENT_HEAD + RECORD_BYTES, part.counts, part.keys]
             reply = self._reads.run(LOOKUP, names, [asked, namespace_key(digest, b"l", b""), *sizes])
             epoch, blocks = int(reply[0]), int(reply[2])
             if epoch <= asked or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it

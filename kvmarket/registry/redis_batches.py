@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ FIELDS_PER_RUN_MAX = 1000
 """Fields of one run in one call: a script cannot pass more than some thousand arguments on."""
 BLOCKS_PER_CALL_MAX = 4096
 """Blocks in one call, which bounds how long it keeps the server from others: some milliseconds."""
+_SEGMENT = np.dtype([("length", "u1"), ("expires", ">u4"), ("record", f"V{RECORD_BYTES}")])
 _OWNER = slice(3, 7)  # where a record of this version holds its owner
 
 
@@ -27,13 +29,13 @@ class Batch:
 
     Attributes:
         heads: the head of every run.
-        counts: the number of fields of each run, two bytes each.
-        fields: all fields (index | hash), in order, each `width` bytes.
+        counts: the number of keys of each run, two bytes each.
+        keys: all block keys, in order, each `width` bytes.
     """
 
     heads: list[bytes]
     counts: bytes
-    fields: bytes
+    keys: bytes
     width: int
 
 
@@ -52,14 +54,12 @@ def batch(keys: Sequence[bytes]) -> Batch:
     length = len(keys[0])
     if set(map(len, keys)) != {length} or length <= HEAD_BYTES:
         raise RegistryProtocolError("block keys of one call must be equally long, and longer than a run's head")
-    table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), length)
-    heads = table[:, :HEAD_BYTES].copy().view("u8")[:, 0]
-    starts = [0, *(np.flatnonzero(heads[1:] != heads[:-1]) + 1).tolist()]
-    cuts: list[int] = []
-    for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
-        cuts.extend(range(start, end, FIELDS_PER_RUN_MAX))
-    counts = np.diff([*cuts, len(keys)]).astype(">u2").tobytes()
-    return Batch([keys[cut][:HEAD_BYTES] for cut in cuts], counts, table[:, HEAD_BYTES:].tobytes(), length - HEAD_BYTES)
+    joined = b"".join(keys)
+    heads = np.frombuffer(joined, [("head", "u8"), ("rest", f"V{length - HEAD_BYTES}")])["head"]
+    starts = [0, *(np.flatnonzero(heads[1:] != heads[:-1]) + 1).tolist(), len(keys)]
+    cuts = [cut for a, b in pairwise(starts) for cut in range(a, b, FIELDS_PER_RUN_MAX)]
+    counts = b"".join((b - a).to_bytes(2, "big") for a, b in pairwise([*cuts, len(keys)]))
+    return Batch([keys[cut][:HEAD_BYTES] for cut in cuts], counts, joined, length)
 
 
 def with_owner(record: bytes, owner: bytes) -> bytes:
@@ -78,17 +78,13 @@ def decode(blocks: int, now: int, segments: bytes, lengths: bytes) -> BlockRecor
     """
     if not lengths:
         table = np.frombuffer(segments, np.uint8).reshape(blocks, SEGMENT_HEAD + RECORD_BYTES)
-        expires = table[:, 1:SEGMENT_HEAD].copy().view(">u4")[:, 0]
-        numbers = np.arange(blocks)
-        fresh = expires > now
-        if not fresh.all():
-            table, numbers = table[fresh], numbers[fresh]
-        records = decode_wire(numbers, np.ascontiguousarray(table[:, SEGMENT_HEAD:]))
+        records = decode_wire(np.arange(blocks), table[:, SEGMENT_HEAD:])
         if records is not None:
-            return records
+            fresh = np.frombuffer(segments, _SEGMENT)["expires"] > now
+            return records if fresh.all() else records[fresh]
         lengths = b",".join([b"%d" % (SEGMENT_HEAD + RECORD_BYTES)] * blocks)
-    numbers_, values = _split(now, segments, [int(length) for length in lengths.split(b",")])
-    return decode_records(numbers_, values) if values else np.empty(0, RECORD)
+    numbers, values = _split(now, segments, [int(length) for length in lengths.split(b",")])
+    return decode_records(numbers, values) if values else np.empty(0, RECORD)
 
 
 def _split(now: int, segments: bytes, lengths: Sequence[int]) -> tuple[list[int], list[bytes]]:

@@ -143,7 +143,7 @@ class Owners:
             names += [prefix + head for head in part.heads]
             limits: list[bytes | int] = [space.epoch, self._options.entries_max, int(self._options.ttl_s), number]
             lengths = bytes(map(len, records))
-            sent: list[bytes | int] = [*limits, part.width, part.counts, part.fields, lengths, b"".join(records)]
+            sent: list[bytes | int] = [*limits, part.width, part.counts, part.keys, lengths, b"".join(records)]
             outcome = self._link.run(ANNOUNCE, names, sent)
             if outcome == -1:
                 return False
@@ -182,7 +182,7 @@ class Owners:
         part, prefix = batch(keys), namespace_key(digest, b"r", epoch, b"")
         names = [namespace_key(digest, b"i", epoch, lease.number), *(prefix + head for head in part.heads)]
         number = lease.number.to_bytes(4, "big")
-        return int(self._link.run(WITHDRAW, names, [number, part.width, part.counts, part.fields]))
+        return int(self._link.run(WITHDRAW, names, [number, part.width, part.counts, part.keys]))
 
     # ---- the life of a lease
 

@@ -5,7 +5,7 @@ Keys of a namespace share the slot of its digest, keys of owners share another:
     kvm:{<digest>}:e                   the namespace's epoch
     kvm:{<digest>}:h                   held back: restored after the server lost it, not served until this expires
     kvm:{<digest>}:l:<owner>           the owner's lease in this namespace: who it is, for the lease's time
-    kvm:{<digest>}:i:<epoch>:<owner>   SET of head | field of its entries, so that fencing it costs its own keys
+    kvm:{<digest>}:i:<epoch>:<owner>   SET of the block keys of its entries, so that fencing it costs its own keys
     kvm:{<digest>}:r:<epoch>:<head>    HASH of the entries of one run: index | block hash -> segments
 
     kvm:{owners}:c                     the last owner number
@@ -53,8 +53,8 @@ end
 LOOKUP = Script(
     _COMMON
     + """
--- KEYS: e, h, runs...   ARGV: epoch asked about, prefix of leases, bytes of a field, bytes of a plain segment,
--- number of fields of each run (2 bytes each), fields
+-- KEYS: e, h, runs...   ARGV: epoch asked about, prefix of leases, bytes of a block key, bytes of a plain segment,
+-- number of keys of each run (2 bytes each), block keys
 local epoch = redis.call('GET', KEYS[1]) or '0'
 local now = redis.call('TIME')[1]
 if epoch ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then
@@ -66,7 +66,7 @@ for r = 3, #KEYS do
   local high, low = byte(counts, 2 * r - 5, 2 * r - 4)
   local asked = {}
   for j = 1, high * 256 + low do
-    asked[j] = sub(fields, at, at + width - 1)
+    asked[j] = sub(fields, at + 8, at + width - 1)
     at = at + width
   end
   local run = redis.call('HMGET', KEYS[r], unpack(asked))
@@ -114,8 +114,8 @@ return reply
 ANNOUNCE = Script(
     _COMMON
     + """
--- KEYS: e, lease, index, runs...   ARGV: epoch, entries at most, seconds to live, owner, bytes of a field, number of
--- fields of each run (2 bytes each), fields, length of each record (1 byte each), records
+-- KEYS: e, lease, index, runs...   ARGV: epoch, entries at most, seconds to live, owner, bytes of a block key, number of
+-- keys of each run (2 bytes each), block keys, length of each record (1 byte each), records
 -- Returns 1, or 0 (another epoch), -1 (no lease), -2 (too many entries); then nothing was changed.
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
 if redis.call('EXISTS', KEYS[2]) == 0 then return -1 end
@@ -128,10 +128,10 @@ local expires = string.char(octet(16777216), octet(65536), octet(256), octet(1))
 local lengths, records, at, rec, n = ARGV[8], ARGV[9], 1, 1, 0
 for r = 4, #KEYS do
   local high, low = byte(counts, 2 * r - 7, 2 * r - 6)
-  local head, asked, members = sub(KEYS[r], -8), {}, {}
+  local asked, members = {}, {}
   for j = 1, high * 256 + low do
-    asked[j] = sub(fields, at, at + width - 1)
-    members[j] = head .. asked[j]
+    members[j] = sub(fields, at, at + width - 1)
+    asked[j] = sub(fields, at + 8, at + width - 1)
     at = at + width
   end
   local before = redis.call('HMGET', KEYS[r], unpack(asked))
@@ -188,15 +188,15 @@ WITHDRAW = Script(
     _COMMON
     + _REMOVE
     + """
--- KEYS: index, runs...   ARGV: owner, bytes of a field, number of fields of each run (2 bytes each), fields
+-- KEYS: index, runs...   ARGV: owner, bytes of a block key, number of keys of each run (2 bytes each), block keys
 local owner, width, counts, fields = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local now, at, removed = tonumber(redis.call('TIME')[1]), 1, 0
 for r = 2, #KEYS do
   local high, low = byte(counts, 2 * r - 3, 2 * r - 2)
-  local head, asked, members = sub(KEYS[r], -8), {}, {}
+  local asked, members = {}, {}
   for j = 1, high * 256 + low do
-    asked[j] = sub(fields, at, at + width - 1)
-    members[j] = head .. asked[j]
+    members[j] = sub(fields, at, at + width - 1)
+    asked[j] = sub(fields, at + 8, at + width - 1)
     at = at + width
   end
   removed = removed + remove(KEYS[r], asked, owner, now)
