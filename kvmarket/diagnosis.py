@@ -13,6 +13,7 @@ from kvmarket.errors import KVMarketError
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
 from kvmarket.registry.lmdb import LmdbRegistry
+from kvmarket.registry.redis import RedisRegistry
 from kvmarket.transport import TransportSelector
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How full a registry is."""
+    """How full a registry is: a file's path or a server's URL; a limit of 0 bytes is none."""
 
-    path: Path
+    path: Path | str
     used_bytes: int
     limit_bytes: int
     blocks: int
@@ -58,14 +59,14 @@ def check_shared_memory() -> str:
 
 
 def usage(registry: Registry) -> Usage:
-    """Count what is in an embedded registry."""
-    assert isinstance(registry, LmdbRegistry)
+    """Count what is in a registry that processes share."""
+    assert isinstance(registry, LmdbRegistry | RedisRegistry)
     return Usage(*registry.usage())
 
 
 def view_owners(registry: Registry, config: MarketConfig) -> list[OwnerView]:
     """Connect to every region of every live owner and say how, or why not."""
-    assert isinstance(registry, LmdbRegistry)
+    assert isinstance(registry, LmdbRegistry | RedisRegistry)
     selector = TransportSelector(make_transports(config.transport))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
+
+
+EXPLAIN_EVERY_S = 5.0
+"""How often a registry that is not local is asked why nothing is found: it takes several round trips."""
 
 
 @dataclass
@@ -67,6 +73,8 @@ class Fetcher:
         self._registry, self._transports, self._metrics = registry, transports, metrics
         self._verify = config.verify
         self._helper = Helper()
+        self._explaining = threading.Lock()
+        self._explained: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
@@ -78,12 +86,21 @@ class Fetcher:
             if result.blocks == len(keys):
                 return result, MissReason.NONE, ""
             if result.blocks == 0 and result.first_missing == "not_published":
-                reason, detail = explain_nothing_found(self._registry, self._namespace)
-                return result, reason, detail
+                return result, *self._explain()
         except RegistryError as error:
             nothing = LookupResult(0, 0, np.empty(0, RECORD))
             return nothing, MissReason.REGISTRY_UNAVAILABLE, str(error)
         return result, MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
+
+    def _explain(self) -> tuple[MissReason, str]:
+        """Say why nothing at all was found. Where the registry is not local, an answer is good for a while."""
+        if self._registry.local:
+            return explain_nothing_found(self._registry, self._namespace)
+        now = time.monotonic()
+        with self._explaining:
+            if now - self._explained[0] > EXPLAIN_EVERY_S:
+                self._explained = (now, *explain_nothing_found(self._registry, self._namespace))
+            return self._explained[1:]
 
     def fresh(self, found: LookupResult) -> LookupResult:
         """Drop records that are stale already, as far as that shows without asking the owner, and shorten the run."""

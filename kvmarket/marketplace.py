@@ -285,7 +285,7 @@ class Marketplace:
     async def _read(self, found: LookupResult, target: np.ndarray, deadline: Deadline) -> Outcome:
         local, pages = PagedMemory.packed(target), np.arange(found.blocks)
         fetcher = self._core.fetcher
-        if found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
+        if self._core.registry.local and found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
             return fetcher.read(found, local, pages, deadline)
         try:
             if self._slots.locked():

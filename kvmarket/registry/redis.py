@@ -255,6 +255,20 @@ class RedisRegistry(Registry):
     def sweep(self) -> int:
         return self._owners.fence_dead()
 
+    def usage(self) -> tuple[str, int, int, int, int, int]:
+        """Return the server, bytes it uses and may use (0: no limit), entries of living owners, owners, dead owners."""
+        lines = self._reads.call(b"INFO", b"memory").decode().split()
+        memory = dict(line.split(":", 1) for line in lines if ":" in line)
+        numbers = self._reads.call(b"SMEMBERS", owners_key(b"s"))
+        living = [info.owner for info, _ in self.live_owners()]
+        entries = 0
+        for number in living:
+            for pair in self._reads.call(b"SMEMBERS", owners_key(b"n", number)):
+                epoch = int.from_bytes(pair[DIGEST_BYTES:], "big")
+                entries += self._reads.call(b"SCARD", namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number))
+        used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
+        return self.shown, used, limit, entries, len(numbers), len(numbers) - len(living)
+
     def live_owners(self) -> list[tuple[OwnerInfo, list[int]]]:
         """Return every live owner with the numbers of its regions."""
         found = []
