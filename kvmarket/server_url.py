@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 ENTRIES_MAX = 1_000_000
 _SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
-_PASSWORD = re.compile(r"//[^/@]*@")
+_PASSWORD = re.compile(r"://[^/@]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def parse_url(text: str) -> ServerUrl:
 
 
 def without_secrets(text: str) -> str:
-    """Return a URL with user and password hidden; other text as it is."""
-    if not is_server_url(text):
+    """Return a URL with user, password and options hidden; other text as it is."""
+    if "://" not in text:
         return text
-    return _PASSWORD.sub("//(hidden)@", text.partition("?")[0], count=1)
+    return _PASSWORD.sub("://(hidden)@", text.partition("?")[0], count=1)

@@ -39,6 +39,7 @@ class RedisRegistry(Registry):
 
     Raises:
         MissingExtraError: the client library is not installed.
+        ConfigError: the URL has an option that the client library does not take.
         ValueError: the URL cannot be used.
     """
 

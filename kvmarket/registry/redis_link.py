@@ -9,6 +9,7 @@ from hashlib import sha1
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import (
+    ConfigError,
     MissingExtraError,
     NamespaceDeniedError,
     RegistryError,
@@ -138,9 +139,11 @@ def _load(url: str, timeout_s: float) -> _Client:
         pool = redis.ConnectionPool.from_url(
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0), protocol=2
         )
+        client = _Client(pool, redis.exceptions, lambda: pool.connection_class(**pool.connection_kwargs))
+        client.make()  # connects when it is used: this only shows whether it takes the options
     except (ValueError, TypeError) as error:
-        raise RegistryError(f"the registry URL has an option that the client refuses: {error}") from error
-    return _Client(pool, redis.exceptions, lambda: pool.connection_class(**pool.connection_kwargs))
+        raise ConfigError(f"the registry URL has an option that the client refuses: {error}") from error
+    return client
 
 
 class Link:
@@ -253,7 +256,7 @@ class Link:
 
     def _translate(self, error: Exception) -> RegistryError:
         text = str(error)
-        if isinstance(error, self._client.errors.NoPermissionError):
+        if isinstance(error, self._client.errors.NoPermissionError) or "unauthenticated" in text:
             return NamespaceDeniedError(f"the registry at {self._shown} does not permit it: {text}")
         if "OOM" in text or "maxmemory" in text:
             return RegistryFullError(f"the registry at {self._shown} has no room: {text}")

@@ -121,7 +121,8 @@ if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
 if redis.call('EXISTS', KEYS[2]) == 0 then return -1 end
 local owner, width, counts, fields = ARGV[4], tonumber(ARGV[5]), ARGV[6], ARGV[7]
 if redis.call('SCARD', KEYS[3]) + #fields / width > tonumber(ARGV[2]) then return -2 end
-local now, ttl = tonumber(redis.call('TIME')[1]), tonumber(ARGV[3])
+local now = tonumber(redis.call('TIME')[1])
+local ttl = tonumber(ARGV[3]) + 1 -- this second has begun already
 local e = now + ttl
 local function octet(unit) return math.floor(e / unit) % 256 end
 local expires = string.char(octet(16777216), octet(65536), octet(256), octet(1))

@@ -84,7 +84,7 @@ class RedisServer:
                 [executable, *port, *fixed, *self._options], stdout=output, stderr=output, stdin=subprocess.DEVNULL
             )
         end = time.monotonic() + START_TIMEOUT_S
-        while not self._accepts():
+        while not self._accepts() or self._process.poll() is not None:
             if time.monotonic() > end or self._process.poll() is not None:
                 self.kill()
                 raise TimeoutError(f"the server does not start: {log.read_text()[-1000:]}")

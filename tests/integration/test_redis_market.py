@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -20,8 +21,8 @@ from kvmarket.testing.sample_records import announce, chain, rows
 
 pytestmark = pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
 
-LEASE_S = 1.0
-TIMEOUT_S = 0.5
+LEASE_S = 3.0
+TIMEOUT_S = 5.0  # machines that run tests are busy
 BACK_WITHIN_S = 20.0
 BLOCKS = 12
 
@@ -82,9 +83,12 @@ def test_a_new_epoch_reaches_everybody(peers, config):
     assert fetched(reader, 1).blocks_adopted == BLOCKS
     reader.call(jobs.bump_epoch)
     assert fetched(reader, 1).blocks_adopted == 0
-    # The owner may not know yet: then what it publishes is refused, and it knows.
-    until(lambda: owner.call(jobs.publish, 1, BLOCKS).blocks == BLOCKS, "publishing in the new epoch")
-    assert fetched(reader, 1).blocks_adopted == BLOCKS
+
+    def published_again():  # the owner hears of it with its next heartbeat
+        owner.call(jobs.publish, 1, BLOCKS)
+        return fetched(reader, 1).blocks_adopted == BLOCKS
+
+    until(published_again, "publishing in the new epoch")
 
 
 def test_owners_announce_again_when_the_server_comes_back_empty(peers, config, server):
@@ -104,7 +108,9 @@ def test_owners_announce_again_when_the_server_comes_back_empty(peers, config, s
 
 
 def test_a_server_that_hangs_costs_one_timeout(peers, config, server):
-    owner, reader = market(peers, config), market(peers, config)
+    timeout_s = 1.0
+    impatient = replace(config, registry=url_of(server, timeout_s=timeout_s))
+    owner, reader = market(peers, config), market(peers, impatient)
     owner.call(jobs.publish, 1, BLOCKS)
     server.stop()
     try:
@@ -114,7 +120,7 @@ def test_a_server_that_hangs_costs_one_timeout(peers, config, server):
     finally:
         server.go_on()
     assert {report.reason for report in reports} == {MissReason.REGISTRY_UNAVAILABLE}
-    assert took < 200 * TIMEOUT_S / 10, "only the first may wait"
+    assert took < 200 * timeout_s / 10, "only the first may wait"
     until(lambda: fetched(reader, 1).blocks_adopted, "the blocks of before")
 
 
@@ -236,12 +242,12 @@ def test_the_highest_epoch_wins_after_the_server_lost_all(opened, server):
 
 
 def test_entries_live_as_long_as_they_are_renewed(opened):
-    registry, reader, digest = opened(ttl_s=2, lease_s=0.9), opened(), os.urandom(32)
+    registry, reader, digest = opened(ttl_s=4, lease_s=3), opened(), os.urandom(32)
     registry.open_namespace(digest, {})
     owner = registry.register_owner(os.urandom(16)).owner
     keys = chain(1, 50)
     announce(registry, digest, owner, keys)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 8
     while time.monotonic() < end:
         assert reader.lookup(digest, keys).blocks == 50
         time.sleep(0.1)
@@ -268,9 +274,13 @@ def test_a_server_without_memory_is_full_not_wrong(tmp_path):
         registry, digest = RedisRegistry(url_of(server)), os.urandom(32)
         registry.open_namespace(digest, {})
         owner = registry.register_owner(os.urandom(16)).owner
-        with pytest.raises(RegistryUnavailableError, match="no room"):
+
+        def fill():
             for seed in range(100):
                 announce(registry, digest, owner, chain(seed, 500))
+
+        with pytest.raises(RegistryUnavailableError, match="no room"):
+            fill()
         assert registry.lookup(digest, chain(0, 500)).blocks == 500
         registry.release_owner(owner)
         registry.close()
@@ -280,8 +290,10 @@ def test_a_server_without_memory_is_full_not_wrong(tmp_path):
 
 
 def test_an_access_controlled_user_by_url(tmp_path):
-    rules = "on >pass~word ~kvm:* -@all +@connection +@read +@write +@scripting +@transaction +time +client"
-    with RedisServer(tmp_path, ["--user", "default off", "--user", f"market {rules}"]) as server:
+    rules = "on >pass~word ~kvm:* -@all +@connection +@read +@write +@scripting +time"
+    users = tmp_path / "users.acl"
+    users.write_text(f"user default off\nuser market {rules}\n")
+    with RedisServer(tmp_path, ["--aclfile", str(users)]) as server:
         place = f"127.0.0.1:{server.port}"
         registry, digest = RedisRegistry(f"redis://market:pass~word@{place}"), os.urandom(32)
         registry.open_namespace(digest, {})
