@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PREFIX = "KVMARKET_"
+_SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
+"""What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
 TRANSPORTS = ("auto", "inproc", "shm")
 VERIFY_MODES = ("none", "sampled", "full")
 
@@ -107,8 +110,9 @@ class MarketConfig:
             URL of a Redis or Valkey server (all processes that reach it; see `kvmarket.server_url`).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
-        verify: ``full`` compares every page's digest after the copy, ``sampled`` one page in 16, ``none`` only
-            generations.
+        verify: ``full`` compares every page's digest after the copy, and takes nothing from processes that do not,
+            since they may pass on what they did not look at; ``sampled`` compares one page in 16; ``none`` compares
+            generations only, and computes no digests for others either.
         fetch_deadline_s: a fetch that takes longer ends as a (shorter) hit or a miss.
         publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
         fetch_concurrency: fetches that may run at once; more wait.
@@ -155,7 +159,7 @@ class MarketConfig:
         by_env = {item.metadata["env"]: item for item in fields(cls)}
         values: dict[str, Any] = {}
         for name, text in source.items():
-            if not name.startswith(PREFIX):
+            if not name.startswith(PREFIX) or _SERVICE_LINK.fullmatch(name):
                 continue
             if name not in by_env:
                 raise ConfigError(f"unknown setting {name}; known settings: {', '.join(sorted(by_env))}")

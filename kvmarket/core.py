@@ -121,7 +121,14 @@ class MarketCore:
                 raise InvalidInputError(f"memory {number} of the pages is not shared memory {number}")
         with self._lock:
             owner = self.owner
-            region = LentRegion(len(self._regions), owner.incarnation, pages, shared, self.namespace.spec.fingerprint)
+            region = LentRegion(
+                len(self._regions),
+                owner.incarnation,
+                pages,
+                shared,
+                self.namespace.spec.fingerprint,
+                verify=self.config.verify,
+            )
             try:
                 self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())
             except RegistryError:

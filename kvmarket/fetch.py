@@ -15,7 +15,7 @@ from kvmarket.explain import explain_nothing_found
 from kvmarket.helper import Helper
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import RECORD, BlockRecords, run_length
+from kvmarket.registry.records import NO_DIGEST, RECORD, BlockRecords, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
+
+_NO_DIGEST = np.void(NO_DIGEST)
 
 
 EXPLAIN_EVERY_S = 5.0
@@ -103,22 +105,29 @@ class Fetcher:
             return self._explained[1:]
 
     def fresh(self, found: LookupResult) -> LookupResult:
-        """Drop records that are stale already, as far as that shows without asking the owner, and shorten the run."""
-        keep = np.ones(len(found.records), bool)
+        """Drop records that a read would refuse already, as far as that shows without asking the owner.
+
+        Shortens the run, and `first_missing` then says why: ``stale_generation`` or ``unverified``.
+        """
+        keep, why = np.ones(len(found.records), bool), "stale_generation"
         for owner_id, owner in found.owners.items():
             for region in np.unique(found.records["region"][found.records["owner"] == owner_id]).tolist():
                 rows = np.flatnonzero((found.records["owner"] == owner_id) & (found.records["region"] == region))
                 try:
                     connection = self._connect(owner, region)
                     keep[rows] = connection.fresh(found.records["page"][rows], found.records["generation"][rows])
+                except _UnverifiedError:
+                    keep[rows], why = False, "unverified"
                 except TransportError:
                     keep[rows] = False
+        if self._verify == "full" and not (vouched := found.records["digest"] != _NO_DIGEST).all():
+            keep, why = keep & vouched, "unverified"
         if keep.all():
             return found
         records = found.records[keep]
         blocks = run_length(records["block"])
         records = records[records["block"] < blocks]
-        return replace(found, blocks=blocks, records=records, first_missing="stale_generation")
+        return replace(found, blocks=blocks, records=records, first_missing=why)
 
     def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
         """Read the blocks `found` names into `local_pages` (one per block) and prove them.
@@ -128,11 +137,18 @@ class Fetcher:
         outcome = Outcome()
         excluded: set[int] = set()
         used: dict[int, OwnerInfo] = {}
+        records = found.records
+        if self._verify == "full" and not (vouched := records["digest"] != _NO_DIGEST).all():
+            records = records[vouched]
+            outcome.reason, outcome.detail = (
+                MissReason.UNVERIFIED,
+                "it was announced without a digest (as with KVMARKET_VERIFY=none)",
+            )
         while outcome.blocks < found.blocks:
             if deadline.expired:
                 outcome.reason, outcome.detail = MissReason.DEADLINE, "the deadline passed"
                 break
-            run = _next_run(found.records, outcome.blocks, excluded)
+            run = _next_run(records, outcome.blocks, excluded)
             if run is None:
                 break  # outcome.reason says why the last source was excluded
             owner = found.owners[int(run["owner"][0])]
@@ -166,6 +182,8 @@ class Fetcher:
             outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
             if isinstance(error, _SpecMismatchError):
                 outcome.reason = MissReason.SPEC_MISMATCH
+            elif isinstance(error, _UnverifiedError):
+                outcome.reason = MissReason.UNVERIFIED
             outcome.detail = f"{owner}: {error}"
             return 0
         finally:
@@ -212,6 +230,11 @@ class Fetcher:
                     f"expected {self._page_bytes} and {self._fingerprint.hex()}",
                     peer=str(owner),
                 )
+            if self._verify == "full" and descriptor.verify != "full":
+                raise _UnverifiedError(
+                    f"it does not compare every digest of what it adopts (KVMARKET_VERIFY={descriptor.verify} there)",
+                    peer=str(owner),
+                )
             return descriptor
 
         return self._transports.connection(owner, region_id, describe)
@@ -242,6 +265,10 @@ class Fetcher:
 
 class _SpecMismatchError(TransportError):
     """The owner's region is not what its namespace promises."""
+
+
+class _UnverifiedError(TransportError):
+    """The owner may pass on wrong bytes that it adopted, or what it computed from them."""
 
 
 def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:

@@ -1,4 +1,4 @@
-"""The scheduler role: what do peers have of this prompt, which blocks may peers read, which are about to be overwritten.
+"""The scheduler role: what do peers have of this prompt, which blocks may peers read, which get overwritten.
 
 No I/O but look-ups in a local registry, nothing blocks, nothing raises into the engine. A registry that is not local is
 asked by a thread, and the engine asks again meanwhile.
@@ -10,11 +10,10 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.errors import DeadlineExceededError, KVMarketError, RegistryError
 from kvmarket.registry import LookupResult
@@ -27,8 +26,12 @@ from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
 from kvmarket_vllm.stats import Deltas
 
+if TYPE_CHECKING:
+    from kvmarket.config import MarketConfig
+
 logger = logging.getLogger("vllm.kvmarket")
 
+_FOUND_BUT_REFUSED = ("stale_generation", "unverified")
 MISS_LOG_MAX = 3
 """How often one reason for finding nothing at all is logged."""
 
@@ -56,7 +59,9 @@ class _Match:
 class SchedulerRole:
     """State of one engine's scheduler-side connector. Used from the scheduler's thread only."""
 
-    def __init__(self, vllm_config: Any, config: MarketConfig, block_size: int, fetches: bool, publishes: bool) -> None:
+    def __init__(
+        self, vllm_config: Any, config: MarketConfig, block_size: int, *, fetches: bool, publishes: bool
+    ) -> None:
         self._config, self._block_size, self._fetches = config, block_size, fetches
         self._algorithm = hash_algorithm(vllm_config)
         self._facts: dict[Rank, WorkerFacts] = {}
@@ -68,7 +73,7 @@ class SchedulerRole:
         self._matches: dict[str, _Match] = {}
         self._loading: dict[str, tuple[bytes, set[int]]] = {}
         self._failed: set[str] = set()
-        self._offers = Offers(block_size, publishes)
+        self._offers = Offers(block_size, enabled=publishes)
         self._plan = StepPlan()
         self._logged: dict[str, int] = {}
         self._lookups: Lookups[Searched] = Lookups()
@@ -89,7 +94,7 @@ class SchedulerRole:
         self._offers.bind_pool(pool)
 
     def _cores(self) -> dict[Rank, MarketCore] | None:
-        """Return a core per rank, or None while there is none. The first call opens them: vLLM's hash root is there by then."""
+        """Return a core per rank, or None while there is none. The first call with a hash root opens them."""
         if self._opening is None:
             root = hash_root()
             if not root or not self._facts:
@@ -113,7 +118,7 @@ class SchedulerRole:
     # ---- matching
 
     def match(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
-        """Answer `get_num_new_matched_tokens`: tokens that peers hold beyond the first `num_computed`, loaded asynchronously."""
+        """Answer `get_num_new_matched_tokens`: tokens that peers hold beyond the first `num_computed`; load later."""
         self._requests[request.request_id] = request
         cores = self._cores()
         if not self._fetches or cores is None or request.request_id in self._failed:
@@ -129,11 +134,9 @@ class SchedulerRole:
         if any(keys[0] == key for key, _ in self._loading.values()):
             return None, False  # another request is loading this prefix: wait for it and hit locally
         found = self._lookup(cores, keys, request.request_id)
-        if found is None:
-            return None, False  # the registry is being asked, off this thread
-        blocks = min(result.blocks for result in found.values())
-        if not blocks:
-            return 0, False
+        blocks = None if found is None else min(result.blocks for result in found.values())
+        if not found or not blocks:
+            return blocks, False  # None: the registry is being asked, off this thread
         self._matches[request.request_id] = _Match(start, found)
         return blocks * self._block_size, True
 
@@ -156,7 +159,7 @@ class SchedulerRole:
         for rank, (result, reason, detail) in searched.items():
             found[rank] = result
             if result.blocks < len(keys):
-                why = result.first_missing if result.first_missing == "stale_generation" else str(reason)
+                why = result.first_missing if result.first_missing in _FOUND_BUT_REFUSED else str(reason)
                 self.deltas.add_labelled("misses", why)
                 if not result.blocks:
                     self._log_miss(why, detail)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096
+WORD_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class RegionDescriptor:
         memories: shared memories, empty when only the owner's process can read the region.
         generations: the generation table.
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
+        verify: how the owner verifies what it adopts, and so what it passes on: ``full``, ``sampled`` or ``none``.
     """
 
     region_id: int
@@ -36,6 +38,7 @@ class RegionDescriptor:
     memories: tuple[MemoryAddress, ...]
     generations: MemoryAddress
     probe: bytes
+    verify: str = "none"
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
@@ -46,6 +49,7 @@ class RegionDescriptor:
             "memories": [memory.as_list() for memory in self.memories],
             "generations": self.generations.as_list(),
             "probe": self.probe,
+            "verify": self.verify,
         }
 
     @classmethod
@@ -70,6 +74,7 @@ class RegionDescriptor:
                 memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
+                verify=_word(wire["verify"]),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
                 raise ValueError("a memory without bytes")  # noqa: TRY301 - one translation for every malformed field
@@ -89,4 +94,10 @@ def _integer(value: object) -> int:
 def _data(value: object, length: int) -> bytes:
     if not isinstance(value, bytes) or len(value) != length:
         raise ValueError(f"expected {length} bytes")
+    return value
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str) or len(value) > WORD_MAX:
+        raise ValueError(f"expected at most {WORD_MAX} characters")
     return value

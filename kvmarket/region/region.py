@@ -27,11 +27,22 @@ class LentRegion:
     """
 
     def __init__(
-        self, region_id: int, incarnation: bytes, pages: PagedMemory, shared: Sequence[SharedMemory], fingerprint: bytes
+        self,
+        region_id: int,
+        incarnation: bytes,
+        pages: PagedMemory,
+        shared: Sequence[SharedMemory],
+        fingerprint: bytes,
+        *,
+        verify: str = "full",
     ) -> None:
-        """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them)."""
+        """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them).
+
+        `verify` is how this owner verifies what it adopts, see `RegionDescriptor`.
+        """
         pages.layout.check([len(memory) for memory in pages.memories])
         self.region_id, self.pages, self._shared, self._fingerprint = region_id, pages, tuple(shared), fingerprint
+        self._verify = verify
         self.generations = GenerationTable(pages.layout.num_pages, incarnation)
 
     @property
@@ -59,6 +70,7 @@ class LentRegion:
             memories=tuple(memory.address for memory in self._shared),
             generations=self.generations.memory.address,
             probe=self.generations.probe,
+            verify=self._verify,
         )
 
     def close(self) -> None:

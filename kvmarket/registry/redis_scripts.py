@@ -114,8 +114,8 @@ return reply
 ANNOUNCE = Script(
     _COMMON
     + """
--- KEYS: e, lease, index, runs...   ARGV: epoch, entries at most, seconds to live, owner, bytes of a block key, number of
--- keys of each run (2 bytes each), block keys, length of each record (1 byte each), records
+-- KEYS: e, lease, index, runs...   ARGV: epoch, entries at most, seconds to live, owner, bytes of a block key,
+-- number of keys of each run (2 bytes each), block keys, length of each record (1 byte each), records
 -- Returns 1, or 0 (another epoch), -1 (no lease), -2 (too many entries); then nothing was changed.
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
 if redis.call('EXISTS', KEYS[2]) == 0 then return -1 end
