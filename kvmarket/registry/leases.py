@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from kvmarket.identity import OwnerInfo
 
@@ -95,6 +95,6 @@ class Lease:
         if not all(alive):
             self.lost = True
 
-    def joined(self) -> Iterator[bytes]:
+    def joined(self) -> list[bytes]:
         """Name the namespaces that know the present lease."""
-        return (digest for digest, space in self.spaces.items() if space.joined)
+        return [digest for digest, space in list(self.spaces.items()) if space.joined]

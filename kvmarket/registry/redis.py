@@ -120,7 +120,7 @@ class RedisRegistry(Registry):
         return epoch
 
     def epoch(self, digest: bytes) -> int:
-        return self._seen(digest, int(self._reads.call(b"GET", namespace_key(digest, b"e")) or 0))
+        return self._seen(digest, _epoch(self._reads.call(b"GET", namespace_key(digest, b"e"))))
 
     def epoch_hint(self, digest: bytes) -> int:
         return self._epochs.get(digest, 0)
@@ -130,7 +130,7 @@ class RedisRegistry(Registry):
         commands: list[tuple[Any, ...]] = [(b"GET", namespace_key(digest, b"e"))]
         commands += [(b"EXISTS", namespace_key(digest, b"l", number)) for number in numbers]
         epoch, *alive = map(self._reads.checked, self._reads.send(commands))
-        return self._seen(digest, int(epoch or 0)), [o for o, lives in zip(owners, alive, strict=True) if not lives]
+        return self._seen(digest, _epoch(epoch)), [o for o, lives in zip(owners, alive, strict=True) if not lives]
 
     def bump_epoch(self, digest: bytes) -> int:
         return self._seen(digest, int(self._writes.run(BUMP, [namespace_key(digest, b"e")], [])))
@@ -161,7 +161,7 @@ class RedisRegistry(Registry):
         if not digests:
             return {}
         now = map(checked, ask([(b"GET", namespace_key(digest, b"e")) for digest in digests]))
-        epochs = {digest: int(epoch or 0) for digest, epoch in zip(digests, now, strict=True)}
+        epochs = {digest: _epoch(epoch) for digest, epoch in zip(digests, now, strict=True)}
         current = [
             (n, p[:DIGEST_BYTES])
             for n, p in pairs
@@ -223,7 +223,7 @@ class RedisRegistry(Registry):
             names = fixed + [prefix + head for head in part.heads]
             sizes: list[bytes | int] = [part.width, SEGMENT_HEAD + RECORD_BYTES, part.counts, part.keys]
             reply = self._reads.run(LOOKUP, names, [asked, namespace_key(digest, b"l", b""), *sizes])
-            epoch, blocks = int(reply[0]), int(reply[2])
+            epoch, blocks = _epoch(reply[0]), int(reply[2])
             if epoch <= asked or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
                 break
             self._seen(digest, epoch)
@@ -290,6 +290,13 @@ PROBE_S = 0.2
 """How often the keeper asks a server that is away whether it is back."""
 SWEEP_BEATS = 10
 """Every so many beats the keeper fences owners of other processes that are gone."""
+
+
+def _epoch(reply: bytes | None) -> int:
+    """Read what the server holds as a namespace's epoch; 0 for nothing."""
+    if reply is not None and not reply.isdigit():
+        raise RegistryProtocolError(f"the registry holds {reply!r} where an epoch should be")
+    return int(reply or 0)
 
 
 def _longest(

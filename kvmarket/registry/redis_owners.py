@@ -60,6 +60,7 @@ class Owners:
         self._lease_ms = int(options.lease_s * 1000)
         self._lock = threading.Lock()
         self._leases: dict[int, Lease] = {}
+        self._kept_alive_at = time.monotonic()
 
     def all(self) -> list[Lease]:
         """Return the leases of owners that are not released."""
@@ -137,6 +138,7 @@ class Owners:
         number = lease.number.to_bytes(4, "big")
         index = namespace_key(digest, b"i", space.epoch, lease.number)
         for start, end in batches(keys):
+            self._keep_alive()
             part, records = batch(keys[start:end]), [with_owner(value, number) for value in values[start:end]]
             prefix = namespace_key(digest, b"r", space.epoch, b"")
             names = [namespace_key(digest, b"e"), namespace_key(digest, b"l", lease.number), index]
@@ -186,14 +188,27 @@ class Owners:
 
     # ---- the life of a lease
 
+    def _keep_alive(self) -> None:
+        """Renew all leases in the middle of long work; whether one is over already shows at the next heartbeat."""
+        now = time.monotonic()
+        if now - self._kept_alive_at < self._options.lease_s / 3:
+            return
+        self._kept_alive_at = now
+        names = [name for lease in self.all() for name in self._lease_names(lease)]
+        if names:
+            self._link.send([(b"PEXPIRE", name, self._lease_ms) for name in names])
+
+    def _lease_names(self, lease: Lease) -> list[bytes]:
+        names = [owners_key(b"l", lease.number)]
+        return names + [namespace_key(digest, b"l", lease.number) for digest in lease.joined()]
+
     def renew(self, lease: Lease) -> None:
         """One heartbeat: renew the lease everywhere; if it is over, start over. Renew entries that grow old."""
         with lease.lock:
             if lease.released:
                 return
             if not lease.lost:
-                names = [owners_key(b"l", lease.number)]
-                names += [namespace_key(digest, b"l", lease.number) for digest in lease.joined()]
+                names = self._lease_names(lease)
                 replies = self._link.send([(b"PEXPIRE", name, self._lease_ms) for name in names])
                 lease.answered([bool(self._link.checked(reply)) for reply in replies])
             if lease.lost:
@@ -274,6 +289,7 @@ class Owners:
         for _ in range(self._options.entries_max // PURGE_ENTRIES + 2):
             if not self._link.run(PURGE, names, [prefix, owner, PURGE_ENTRIES]):
                 return
+            self._keep_alive()
 
     def fence_dead(self) -> int:
         """Fence every owner, of any process, whose lease ran out; return how many."""

@@ -55,7 +55,7 @@ def test_registry():
     pytest.importorskip("redis", reason="the extra 'redis' is not installed")
     result = last_line("registry.py")
     assert (result["bench"], result["quick"], result["asked_blocks"]) == ("registry", True, 128)
-    assert 0 < result["lookup"]["ratio"]
+    assert result["lookup"]["ratio"] > 0
     assert result["announce_blocks_per_s"] > 0
     assert result["full"]["entries"] > 10_000
     assert 0 < result["full"]["p50_ms"] <= result["full"]["p99_ms"]
@@ -65,6 +65,8 @@ def test_registry():
 
 @pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "registry.py"])
 def test_help_says_what_is_measured(bench):
+    if bench == "registry.py":
+        pytest.importorskip("redis", reason="the extra 'redis' is not installed")
     said = run(bench, "--help").stdout
     assert "--quick" in said
     assert "Aim" in said or "memcpy" in said
