@@ -46,6 +46,7 @@ def doctor() -> None:
     print("\nsettings in force")
     for item in fields(config):
         value = "(set)" if item.name == "salt" and config.salt else getattr(config, item.name)
+        value = config.registry_shown if item.name == "registry" else value
         print(f"  {item.metadata['env']:28} {value!r}")
     print(f"  {'runtime directory':28} {config.directory}")
     print("\ntransports")
@@ -57,7 +58,8 @@ def doctor() -> None:
     registry = _open(config)
     try:
         numbers = usage(registry)
-        print(f"  {numbers.path}: {_size(numbers.used_bytes)} used of at most {_size(numbers.limit_bytes)}")
+        limit = f"at most {_size(numbers.limit_bytes)}" if numbers.limit_bytes else "no limit of its own"
+        print(f"  {numbers.path}: {_size(numbers.used_bytes)} used, {limit}")
         print(f"  {numbers.blocks} blocks, {numbers.owners} owners of which {numbers.dead_owners} are dead")
         if numbers.dead_owners:
             print("  dead owners' records are never served; `kvmarket sweep` and every new marketplace remove them")
@@ -75,7 +77,7 @@ def doctor() -> None:
 
 @app.command()
 def stats(as_json: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
-    """Show what is published on this host: namespaces, owners, blocks."""
+    """Show what is published in the registry: namespaces, owners, blocks."""
     config = _settings()
     registry = _open(config)
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
+from kvmarket.server_url import is_server_url, parse_url, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -76,7 +77,12 @@ def _size(low: int, high: int) -> Callable[[str], int]:
 def _registry(text: str) -> str:
     if text in {"memory", "lmdb"} or text.startswith("lmdb:///"):
         return text
-    raise ValueError("must be 'lmdb' (default), 'lmdb:///directory' or 'memory'")
+    if is_server_url(text):
+        parse_url(text)
+        return text
+    raise ValueError(
+        "must be 'lmdb' (default), 'lmdb:///directory', 'memory', or redis://, rediss:// or valkey:// and a host"
+    )
 
 
 def _addresses(text: str) -> str:
@@ -90,6 +96,8 @@ def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
 
 
 def _shown(name: str, value: object) -> str:
+    if name == "registry" and isinstance(value, str):
+        return repr(without_secrets(value))
     return "(hidden)" if name == "salt" else repr(value)
 
 
@@ -108,7 +116,8 @@ class MarketConfig:
         transport: ``auto`` (by locality, after a probe), ``inproc``, ``shm`` or ``ucx``.
         ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
         ucx_addresses: IP addresses to announce for UCX, separated by commas; empty for all of this host.
-        registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
+        registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, ``memory`` (this process only), or the
+            URL of a Redis or Valkey server (all processes that reach it; see `kvmarket.server_url`).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
         verify: ``full`` compares every page's digest after the copy, and takes nothing from processes that do not,
@@ -126,7 +135,7 @@ class MarketConfig:
     transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
     ucx_require: str = _setting("UCX_REQUIRE", "", _one_of(*UCX_REQUIREMENTS))
     ucx_addresses: str = _setting("UCX_ADDRESSES", "", _addresses)
-    registry: str = _setting("REGISTRY", "lmdb", _registry)
+    registry: str = field(default="lmdb", repr=False, metadata={"env": PREFIX + "REGISTRY", "parse": _registry})
     runtime_dir: str = _setting("RUNTIME_DIR", "", str)
     hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))
     verify: str = _setting("VERIFY", "full", _one_of(*VERIFY_MODES))
@@ -172,6 +181,11 @@ class MarketConfig:
             except ValueError as error:
                 raise ConfigError(f"{name}={_shown(item.name, text)}: {error}") from error
         return cls(**{**values, **overrides})
+
+    @property
+    def registry_shown(self) -> str:
+        """`registry` without a password that it may contain."""
+        return without_secrets(self.registry)
 
     @property
     def directory(self) -> Path:

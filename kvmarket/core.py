@@ -148,6 +148,10 @@ class MarketCore:
         """Return the namespace's epoch: another number than before means that everybody was told to forget."""
         return self.registry.epoch(self._digest)
 
+    def epoch_hint(self) -> int:
+        """Return the namespace's epoch as far as this process knows. Never waits; see `Registry.epoch_hint`."""
+        return self.registry.epoch_hint(self._digest)
+
     def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace (new weights); return the new epoch."""
         epoch = self.registry.bump_epoch(self._digest)

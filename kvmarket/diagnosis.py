@@ -15,6 +15,7 @@ from kvmarket.reach import make_transports
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
 from kvmarket.registry.lmdb import LmdbRegistry
+from kvmarket.registry.redis import RedisRegistry
 from kvmarket.transport import TransportSelector
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How full a registry is."""
+    """How full a registry is: a file's path or a server's URL; a limit of 0 bytes is none."""
 
-    path: Path
+    path: Path | str
     used_bytes: int
     limit_bytes: int
     blocks: int
@@ -85,14 +86,14 @@ def check_ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[str]:
 
 
 def usage(registry: Registry) -> Usage:
-    """Count what is in an embedded registry."""
-    registry = _embedded(registry)
+    """Count what is in a registry that processes share."""
+    registry = _shared(registry)
     return Usage(*registry.usage())
 
 
 def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = False) -> list[OwnerView]:
     """Connect to every region of every live owner and say how, or why not; `explain`: of every transport."""
-    registry = _embedded(registry)
+    registry = _shared(registry)
     selector = TransportSelector(make_transports(config, os.environ))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():
@@ -116,8 +117,8 @@ def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = Fal
     return views
 
 
-def _embedded(registry: Registry) -> LmdbRegistry:
-    if not isinstance(registry, LmdbRegistry):
+def _shared(registry: Registry) -> LmdbRegistry | RedisRegistry:
+    if not isinstance(registry, LmdbRegistry | RedisRegistry):
         raise ConfigError(f"the {registry.scheme} registry cannot be looked at from outside")
     return registry
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
 
 _NO_DIGEST = np.void(NO_DIGEST)
+
+
+EXPLAIN_EVERY_S = 5.0
+"""How often a registry that is not local is asked why nothing is found: it takes several round trips."""
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Fetcher:
         self._registry, self._transports, self._metrics = registry, transports, metrics
         self._verify = config.verify
         self._helper = Helper()
+        self._explaining = threading.Lock()
+        self._explained: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
@@ -80,12 +88,21 @@ class Fetcher:
             if result.blocks == len(keys):
                 return result, MissReason.NONE, ""
             if result.blocks == 0 and result.first_missing == "not_published":
-                reason, detail = explain_nothing_found(self._registry, self._namespace)
-                return result, reason, detail
+                return result, *self._explain()
         except RegistryError as error:
             nothing = LookupResult(0, 0, np.empty(0, RECORD))
             return nothing, MissReason.REGISTRY_UNAVAILABLE, str(error)
         return result, MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
+
+    def _explain(self) -> tuple[MissReason, str]:
+        """Say why nothing at all was found. Where the registry is not local, an answer is good for a while."""
+        if self._registry.local:
+            return explain_nothing_found(self._registry, self._namespace)
+        now = time.monotonic()
+        with self._explaining:
+            if now - self._explained[0] > EXPLAIN_EVERY_S:
+                self._explained = (now, *explain_nothing_found(self._registry, self._namespace))
+            return self._explained[1:]
 
     def fresh(self, found: LookupResult) -> LookupResult:
         """Drop records that a read would refuse already, as far as that shows without asking the owner.
@@ -227,8 +244,7 @@ class Fetcher:
         if not outcome.blocks:
             return
         try:
-            epoch = self._registry.epoch(self._digest)
-            dead = [owner for owner in used.values() if not self._registry.alive(owner.owner)]
+            epoch, gone = self._registry.still(self._digest, list(used))
         except RegistryError as error:
             outcome.blocks, outcome.reason, outcome.detail = 0, MissReason.REGISTRY_UNAVAILABLE, str(error)
             return
@@ -236,7 +252,7 @@ class Fetcher:
             outcome.blocks, outcome.reason = 0, MissReason.EPOCH_CHANGED
             outcome.detail = "the namespace was told to forget while the fetch ran"
             return
-        for owner in dead:
+        for owner in (used[number] for number in gone):
             self._transports.forget(owner)
             of_owner = found.records[found.records["owner"] == owner.owner]
             outcome.blocks = min(outcome.blocks, int(of_owner["block"].min()))

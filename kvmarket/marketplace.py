@@ -286,7 +286,7 @@ class Marketplace:
         local, pages = PagedMemory.packed(target), np.arange(found.blocks)
         fetcher = self._core.fetcher
         small = found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX
-        if small and self._core.transports.immediate(found.owners.values()):
+        if small and self._core.registry.local and self._core.transports.immediate(found.owners.values()):
             return fetcher.read(found, local, pages, deadline)
         try:
             if self._slots.locked():

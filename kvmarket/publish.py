@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmarket.digest import page_digests
-from kvmarket.errors import DeadlineExceededError, KVMarketError, MarketClosedError
+from kvmarket.errors import DeadlineExceededError, KVMarketError, MarketClosedError, RegistryUnavailableError
 from kvmarket.registry.records import make_records
 
 if TYPE_CHECKING:
@@ -123,11 +123,19 @@ class Publisher:
             self._drop_all()
             self._epoch = self._epoch if epoch is None else epoch
         if epoch is None:  # read when the pages are unreadable already: it may fail
-            self._epoch = self._registry.epoch(self._digest)
+            self._epoch = self._current_epoch()
+
+    def _current_epoch(self) -> int:
+        try:
+            return self._registry.epoch(self._digest)
+        except RegistryUnavailableError:
+            if self._registry.local:
+                raise
+            return self._registry.epoch_hint(self._digest)  # an older one is refused when something is announced
 
     def notice_epoch(self) -> bool:
-        """Forget all if another process bumped the epoch, as far as a local registry tells; return whether it did."""
-        if not self._registry.local or self._registry.epoch(self._digest) == self._epoch:
+        """Forget all if another process bumped the epoch, as far as is known without waiting; return whether it did."""
+        if self._registry.epoch_hint(self._digest) == self._epoch:
             return False
         self._metrics.add(epochs_observed=1)
         self.forget_all()

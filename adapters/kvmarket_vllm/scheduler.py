@@ -1,6 +1,7 @@
 """The scheduler role: what do peers have of this prompt, which blocks may peers read, which get overwritten.
 
-No I/O but look-ups in the local registry, nothing blocks, nothing raises into the engine.
+No I/O but look-ups in a local registry, nothing blocks, nothing raises into the engine. A registry that is not local is
+asked by a thread, and the engine asks again meanwhile.
 """
 
 from __future__ import annotations
@@ -8,12 +9,18 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvmarket.core import MarketCore
-from kvmarket.errors import KVMarketError, RegistryError
-from kvmarket.registry.records import block_key, block_keys
+from kvmarket.errors import DeadlineExceededError, KVMarketError, RegistryError
+from kvmarket.registry import LookupResult
+from kvmarket.registry.records import RECORD, block_key, block_keys
+from kvmarket.report import MissReason
 from kvmarket_vllm.identity import hash_algorithm, hash_root, namespace
+from kvmarket_vllm.lookups import Lookups
 from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
@@ -21,12 +28,24 @@ from kvmarket_vllm.stats import Deltas
 
 if TYPE_CHECKING:
     from kvmarket.config import MarketConfig
-    from kvmarket.registry import LookupResult
 
 logger = logging.getLogger("vllm.kvmarket")
 
+_FOUND_BUT_REFUSED = ("stale_generation", "unverified")
 MISS_LOG_MAX = 3
 """How often one reason for finding nothing at all is logged."""
+
+
+Searched = dict[Rank, tuple[LookupResult, MissReason, str]]
+
+
+def _search(cores: dict[Rank, MarketCore], keys: list[bytes]) -> Searched:
+    """Ask the registry for every rank, and drop what is stale already."""
+    searched: Searched = {}
+    for rank, core in cores.items():
+        result, reason, detail = core.fetcher.lookup(keys)
+        searched[rank] = (core.fetcher.fresh(result) if result.blocks else result, reason, detail)
+    return searched
 
 
 @dataclass
@@ -57,6 +76,7 @@ class SchedulerRole:
         self._offers = Offers(block_size, enabled=publishes)
         self._plan = StepPlan()
         self._logged: dict[str, int] = {}
+        self._lookups: Lookups[Searched] = Lookups()
         self.deltas = Deltas()
 
     # ---- opening
@@ -113,21 +133,33 @@ class SchedulerRole:
         keys = block_keys(request.block_hashes[:end], start)
         if any(keys[0] == key for key, _ in self._loading.values()):
             return None, False  # another request is loading this prefix: wait for it and hit locally
-        found = self._lookup(cores, keys)
-        blocks = min(result.blocks for result in found.values())
-        if not blocks:
-            return 0, False
+        found = self._lookup(cores, keys, request.request_id)
+        blocks = None if found is None else min(result.blocks for result in found.values())
+        if not found or not blocks:
+            return blocks, False  # None: the registry is being asked, off this thread
         self._matches[request.request_id] = _Match(start, found)
         return blocks * self._block_size, True
 
-    def _lookup(self, cores: dict[Rank, MarketCore], keys: list[bytes]) -> dict[Rank, LookupResult]:
+    def _lookup(
+        self, cores: dict[Rank, MarketCore], keys: list[bytes], request_id: str
+    ) -> dict[Rank, LookupResult] | None:
+        """Return what every rank finds, or None while a registry that is not local is being asked."""
+        if all(core.registry.local for core in cores.values()):
+            searched = _search(cores, keys)
+        else:
+            try:
+                answer = self._lookups.ask(request_id, keys, partial(_search, cores, keys))
+            except DeadlineExceededError as error:
+                nothing = LookupResult(0, 0, np.empty(0, RECORD))
+                answer = dict.fromkeys(cores, (nothing, MissReason.REGISTRY_UNAVAILABLE, str(error)))
+            if answer is None:
+                return None
+            searched = answer
         found: dict[Rank, LookupResult] = {}
-        for rank, core in cores.items():
-            announced, reason, detail = core.fetcher.lookup(keys)
-            result = core.fetcher.fresh(announced) if announced.blocks else announced
+        for rank, (result, reason, detail) in searched.items():
             found[rank] = result
             if result.blocks < len(keys):
-                why = str(reason) if result is announced else result.first_missing
+                why = result.first_missing if result.first_missing in _FOUND_BUT_REFUSED else str(reason)
                 self.deltas.add_labelled("misses", why)
                 if not result.blocks:
                     self._log_miss(why, detail)
@@ -176,7 +208,7 @@ class SchedulerRole:
     def _epoch_moved(self, cores: dict[Rank, MarketCore]) -> bool:
         """Tell whether the namespace was told to forget, by this replica or another, since the last step."""
         try:
-            epochs = {rank: core.epoch() for rank, core in cores.items()}
+            epochs = {rank: core.epoch_hint() for rank, core in cores.items()}
         except RegistryError:
             return False  # nothing is found or announced without it either
         before, self._epochs = self._epochs, epochs
@@ -202,6 +234,7 @@ class SchedulerRole:
         self._matches.pop(request_id, None)
         self._failed.discard(request_id)
         self._offers.forget_request(request_id)
+        self._lookups.forget(request_id)
 
     # ---- the rest
 
@@ -227,6 +260,7 @@ class SchedulerRole:
 
     def close(self) -> None:
         """Release the registry."""
+        self._lookups.close()
         cores = self._opening.finish(1.0) if self._opening is not None else None
         for core in (cores or {}).values():
             core.close()

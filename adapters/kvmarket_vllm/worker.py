@@ -165,7 +165,7 @@ class WorkerRole:
             if market is None:
                 self._lost.append(load)
             else:
-                market.loader.start(load, inline=plan.idle)
+                market.loader.start(load, inline=plan.idle and market.core.registry.local)
 
     def after_forward(self, plan: StepPlan) -> None:
         """Offer the blocks that this step completed."""

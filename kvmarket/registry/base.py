@@ -96,6 +96,14 @@ class Registry(ABC):
     def epoch(self, digest: bytes) -> int:
         """Return the namespace's epoch, or 0 when it is not known."""
 
+    def epoch_hint(self, digest: bytes) -> int:
+        """Return the epoch as far as this process knows, without ever waiting; a registry that is not local may lag."""
+        return self.epoch(digest)
+
+    def still(self, digest: bytes, owners: Sequence[int]) -> tuple[int, list[int]]:
+        """Return the namespace's epoch, and those of `owners` that are not alive: what is checked before adopting."""
+        return self.epoch(digest), [owner for owner in owners if not self.alive(owner)]
+
     @abstractmethod
     def bump_epoch(self, digest: bytes) -> int:
         """Make every process forget all blocks of the namespace, at once; return the new epoch."""

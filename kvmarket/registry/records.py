@@ -135,19 +135,27 @@ def decode_records(blocks: Sequence[int], values: Sequence[bytes]) -> BlockRecor
         values: msgpack, as `encode_records` or a later version wrote it.
     """
     if set(map(len, values)) == {RECORD_BYTES}:
-        data = np.frombuffer(b"".join(values), np.uint8)
-        if bool((data.reshape(-1, RECORD_BYTES)[:, _TAG_AT] == _TAG_VALUES).all()):
-            wire = data.view(_WIRE)
-            records = np.empty(len(wire), RECORD)
-            records["block"] = blocks
-            for name in ("owner", "region", "page", "generation", "digest"):
-                records[name] = wire[name]
+        data = np.frombuffer(b"".join(values), np.uint8).reshape(-1, RECORD_BYTES)
+        records = decode_wire(blocks, data)
+        if records is not None:
             return records
     decoded = [(block, fields) for block, value in zip(blocks, values, strict=True) if (fields := _decode_one(value))]
     records = np.zeros(len(decoded), RECORD)
     for row, (block, fields) in zip(records, decoded, strict=True):
         row["block"], row["owner"], row["region"] = block, fields.owner, fields.region
         row["page"], row["generation"], row["digest"] = fields.page, fields.generation, np.void(fields.digest)
+    return records
+
+
+def decode_wire(blocks: Sequence[int] | np.ndarray, data: np.ndarray) -> BlockRecords | None:
+    """Decode (n, `RECORD_BYTES`) uint8, rows contiguous: records of this very version. None if any is not one."""
+    if not bool((data[:, _TAG_AT] == _TAG_VALUES).all()):
+        return None
+    wire = data.view(_WIRE)[:, 0]
+    records = np.empty(len(wire), RECORD)
+    records["block"] = blocks
+    for name in ("owner", "region", "page", "generation", "digest"):
+        records[name] = wire[name]
     return records
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmarket.testing.redis_server import WHERE_FROM, find_server
+
 ROOT = Path(__file__).parents[2]
 FETCHES = {f"fetch_{verify}{out}" for verify in ("none", "sampled", "full") for out in ("", "_out")}
 
@@ -48,8 +50,23 @@ def test_lookup():
             assert all(0 < times["p50_ms"] <= times["p99_ms"] for times in result[shape][kind].values())
 
 
-@pytest.mark.parametrize("bench", ["fetch.py", "lookup.py"])
+@pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
+def test_registry():
+    pytest.importorskip("redis", reason="the extra 'redis' is not installed")
+    result = last_line("registry.py")
+    assert (result["bench"], result["quick"], result["asked_blocks"]) == ("registry", True, 128)
+    assert result["lookup"]["ratio"] > 0
+    assert result["announce_blocks_per_s"] > 0
+    assert result["full"]["entries"] > 10_000
+    assert 0 < result["full"]["p50_ms"] <= result["full"]["p99_ms"]
+    assert result["full"]["bytes_per_entry"] > 40
+    assert result["fence"]["blocks"] > 1000
+
+
+@pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "registry.py"])
 def test_help_says_what_is_measured(bench):
+    if bench == "registry.py":
+        pytest.importorskip("redis", reason="the extra 'redis' is not installed")
     said = run(bench, "--help").stdout
     assert "--quick" in said
     assert "Aim" in said or "memcpy" in said
