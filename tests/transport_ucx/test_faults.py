@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -141,8 +142,9 @@ def test_connecting_to_a_stopped_owner_ends_in_time(setting, monkeypatch):
     began = time.monotonic()
     with pytest.raises(TransportUnavailableError, match="does not answer"):
         other.connect(world.lent.owner, world.lent.descriptor)
-    assert time.monotonic() - began < 1.5
+    seconds = time.monotonic() - began
     other.close()
+    assert seconds < 3
 
 
 @EVERY
@@ -258,19 +260,21 @@ def test_what_was_closed_is_gone_before_garbage_is_collected():
     """UCX must not be torn down by whichever thread happens to collect garbage."""
 
     def parts():
-        return {type(thing).__name__ for thing in gc.get_objects()} & {"UCXWorker", "UCXListener", "UCXEndpoint"}
+        names = Counter(type(thing).__name__ for thing in gc.get_objects())
+        return {name: names[name] for name in ("UCXWorker", "UCXListener", "UCXEndpoint")}
 
     gc.collect()
+    before = parts()
     gc.disable()
     try:
         owner, reader = UcxRegionOwner(), UcxTransport({})
         try:
             lent = owner.lend_pattern(4, PAGE_BYTES)
             reader.connect(lent.owner, lent.descriptor)
-            assert "UCXListener" in parts()
+            assert parts()["UCXListener"] > before["UCXListener"]
         finally:
             reader.close()
             owner.close()
-        assert parts() == set()
+        assert parts() == before
     finally:
         gc.enable()
