@@ -46,7 +46,7 @@ def pair(hosts, fleet):
 
 def introduce(fleet, owner, reader):
     """Let a reader connect: on a busy machine the first attempts may take longer than one may take."""
-    for attempt in range(TRIES):
+    for _ in range(TRIES):
         prompt = random_prompt(2 * BLOCK, seed=next(SEEDS))
         fleet.publish(owner, [prompt])
         (answer,) = reader.generate([prompt], max_tokens=1)
