@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import time
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,6 +262,9 @@ def main() -> None:
     parser.add_argument("--nixl-python", type=Path, help="an interpreter that has nixl_cu12 and numpy already")
     parser.add_argument("--lanes", choices=list(LANES), action="append", help="only these")
     args = parser.parse_args()
+    if find_spec("ucxx") is None:
+        finish({"bench": "transport", "skipped": "ucxx is not installed; pip install 'kvmarket[ucx]'"})
+        return
     rounds = QUICK_ROUNDS if args.quick else args.rounds
     python = None if args.peer == "none" else args.nixl_python or nixl_python()
     result = {lanes: asyncio.run(compare(lanes, rounds, python)) for lanes in args.lanes or LANES}
