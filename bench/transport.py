@@ -7,8 +7,9 @@ Every figure is a ratio to one thread's memcpy of as many bytes, taken in the sa
     nixl_progress_thread   the same, both sides with NIXL's progress thread, in rounds of its own, for it spins
 
 Cases: 64 MiB in one piece; 1,000 blocks of 32 KiB from random places of a 128 MiB pool to random places of another;
-4 KiB for the latency (microseconds, not a ratio). Lanes: what UCX takes between processes of one host
-(shared memory and CMA), and TCP over loopback. Idle CPU is that of both processes together, connected, as a share of one core.
+4 KiB for the latency (microseconds, not a ratio). Lanes: what UCX takes within one host (shared memory and
+CMA), and TCP over loopback. Memory is private, on huge pages, on both sides. Idle CPU is that of both processes
+together, connected, as a share of one core.
 
 With --peer nixl an environment for it is made in .venv-nixl (nixl-cu12, 270 MB), over the packages of this one.
 Aims, on CMA: contiguous 0.9 and NIXL's; blocks 0.7 and 1.3 of NIXL's; 4 KiB in 100 us. On TCP: 2 of NIXL's.
@@ -27,6 +28,7 @@ import sys
 import sysconfig
 import time
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ from common import MemcpyReference, finish, interleave, log
 from kvmarket.deadline import Deadline
 from kvmarket.identity import OwnerInfo
 from kvmarket.region.descriptor import RegionDescriptor
-from kvmarket.region.memory import SharedMemory, private_huge_pages
+from kvmarket.region.memory import private_huge_pages
 from kvmarket.region.pages import PagedMemory, PageLayout
 from kvmarket.region.region import LentRegion
 from kvmarket.transport import ReadRequest
@@ -69,12 +71,12 @@ def own(pipe: Pipe, lanes: str) -> None:
 
     transport, incarnation = UcxTransport(os.environ, addresses=("127.0.0.1",)), os.urandom(16)
     endpoints = {transport.scheme: transport.serve(incarnation)}
-    memory = SharedMemory(POOL_BYTES, "bench")
-    memory.array[:] = np.frombuffer(np.random.default_rng(9).bytes(POOL_BYTES), np.uint8)
+    memory = private_huge_pages(POOL_BYTES)  # as NIXL's target has it
+    memory[:] = np.frombuffer(np.random.default_rng(9).bytes(POOL_BYTES), np.uint8)
     regions = {}
     for number, (case, page_bytes) in enumerate(PAGE_BYTES.items()):
-        pages = PagedMemory(PageLayout.packed(POOL_BYTES // page_bytes, page_bytes), (memory.array,))
-        regions[case] = LentRegion(number, incarnation, pages, [memory], bytes(16))
+        pages = PagedMemory(PageLayout.packed(POOL_BYTES // page_bytes, page_bytes), (memory,))
+        regions[case] = LentRegion(number, incarnation, pages, [], bytes(16))
         transport.lend(regions[case])
     told = {
         case: (region.describe(endpoints).to_wire(), region.generations.validate(_pages(case, 8)))
@@ -260,6 +262,9 @@ def main() -> None:
     parser.add_argument("--nixl-python", type=Path, help="an interpreter that has nixl_cu12 and numpy already")
     parser.add_argument("--lanes", choices=list(LANES), action="append", help="only these")
     args = parser.parse_args()
+    if find_spec("ucxx") is None:
+        finish({"bench": "transport", "skipped": "ucxx is not installed; pip install 'kvmarket[ucx]'"})
+        return
     rounds = QUICK_ROUNDS if args.quick else args.rounds
     python = None if args.peer == "none" else args.nixl_python or nixl_python()
     result = {lanes: asyncio.run(compare(lanes, rounds, python)) for lanes in args.lanes or LANES}

@@ -16,11 +16,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmarket.deadline import Deadline
-from kvmarket.errors import ConnectError, InvalidInputError, PeerGoneError, TransportUnavailableError
+from kvmarket.errors import ConnectError, InvalidInputError, PeerGoneError, TransferError, TransportUnavailableError
 from kvmarket.report import TransferReport
 from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, ServingTransport
 from kvmarket.transport.ucx_api import version as ucx_version
 from kvmarket.transport.ucx_budget import ByteBudget
+from kvmarket.transport.ucx_cma import CmaRegion
 from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import local_iov
 from kvmarket.transport.ucx_peer import GroupResult, Peer, Transfer
@@ -42,10 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 1.0
-"""For all addresses of an owner together."""
-ADDRESS_S = 0.6
-"""For one of them."""
-SILENT_S = 5.0
+"""For all addresses of an owner together; each has an equal share of what is left."""
+SILENT_S = 3.0
 """An owner that did not answer is not asked again for so long: a host that is down would cost a fetch `CONNECT_S`."""
 PEERS_KEPT = 256
 PEER_BYTES_MAX = 32 << 20
@@ -60,6 +59,7 @@ class UcxTransport(ServingTransport):
         require: refuse connections without ``rdma``, ``shm`` or ``one_sided`` lanes; empty takes any.
         addresses: addresses to announce as an owner; default: this host's.
         one_sided: False makes every read two-sided.
+        direct: False leaves one-sided reads over CMA lanes to UCX.
     """
 
     scheme = "ucx"
@@ -72,9 +72,11 @@ class UcxTransport(ServingTransport):
         require: str = "",
         addresses: tuple[str, ...] = (),
         one_sided: bool = True,
+        direct: bool = True,
     ) -> None:
         self.settings = ucx_settings(environ)
         self._require, self._addresses, self._one_sided = require, addresses, one_sided
+        self._direct = direct
         self._lock = threading.Lock()
         self._driver: UcxDriver | None = None
         self._server: UcxServer | None = None
@@ -174,13 +176,13 @@ class UcxTransport(ServingTransport):
 
     def _open_peer(self, owner: OwnerInfo, endpoints: tuple[tuple[str, int], ...], deadline: Deadline) -> Peer:
         reasons: list[str] = []
-        for address, port in endpoints:
+        for number, (address, port) in enumerate(endpoints):
             if deadline.expired:
                 break
             peer = Peer(self.driver, owner.incarnation, address, port)
             self.driver.submit(peer.start)
             try:
-                peer.ready.result(min(ADDRESS_S, deadline.remaining_s))
+                peer.ready.result(deadline.remaining_s / (len(endpoints) - number))
             except FutureTimeoutError:
                 reasons.append(f"{address}:{port} does not answer")
                 self._silent[owner.incarnation] = time.monotonic() + SILENT_S
@@ -201,6 +203,10 @@ class UcxTransport(ServingTransport):
     def uses_one_sided(self, peer: Peer) -> bool:
         """Tell whether reads from a peer are one-sided."""
         return self._one_sided and reads_one_sided(peer.lanes)
+
+    def uses_cma(self, peer: Peer) -> bool:
+        """Tell whether the kernel copies from a peer's memory, as UCX found it would."""
+        return self._direct and self.uses_one_sided(peer) and any(name == "cma" for name, _ in peer.lanes)
 
     def close(self) -> None:
         self.stop_serving()
@@ -228,8 +234,9 @@ class UcxConnection(Connection):
         self._lock = threading.Lock()
         self._peer: Peer | None = None
         self._remote: RemoteRegion | None = None
+        self._mapped: CmaRegion | None = None
 
-    def reconnect(self, deadline: Deadline) -> tuple[Peer, RemoteRegion | None]:
+    def reconnect(self, deadline: Deadline) -> tuple[Peer, RemoteRegion | None, CmaRegion | None]:
         """Return the live peer and, for one-sided reads, the region there; connect and prove the way first if needed.
 
         Raises:
@@ -240,9 +247,19 @@ class UcxConnection(Connection):
                 peer = self._transport.peer(self._owner, self._endpoints, deadline)
                 one_sided = self._transport.uses_one_sided(peer)
                 remote = self._describe(peer, deadline, keys=one_sided)
-                kind = "rma" if one_sided else "am"
+                self._mapped = self._map(peer, remote)
+                kind = "cma" if self._mapped is not None else "rma" if one_sided else "am"
                 self._peer, self._remote, self.path = peer, remote, f"{kind}({lanes_text(peer.lanes)})"
-            return self._peer, self._remote
+            return self._peer, self._remote, self._mapped
+
+    def _map(self, peer: Peer, remote: RemoteRegion | None) -> CmaRegion | None:
+        if remote is None or not self._transport.uses_cma(peer):
+            return None
+        try:
+            return CmaRegion(self._owner.pid, remote)
+        except (PeerGoneError, TransferError) as error:
+            logger.debug("kvmarket: UCX reads from %s: %s", self._owner, error)
+            return None
 
     def _describe(self, peer: Peer, deadline: Deadline, *, keys: bool) -> RemoteRegion | None:
         """Ask the owner for the region's probe bytes and keys; they must be the announced ones."""
@@ -268,9 +285,13 @@ class UcxConnection(Connection):
         layout = self._descriptor.layout
         self._check(request)
         try:
-            peer, remote = self.reconnect(deadline)
+            peer, remote, mapped = self.reconnect(Deadline(min(CONNECT_S, deadline.remaining_s)))
         except TransportUnavailableError as error:
             raise PeerGoneError(str(error), scheme=self.scheme, peer=str(self._owner)) from error
+        if mapped is not None:
+            valid, refused, copy_s = mapped.read(request, deadline, on_group)
+            seconds = time.perf_counter() - began
+            return TransferReport(self.scheme, self.path, valid, valid * layout.page_bytes, seconds, copy_s, refused)
         segments = max(len(layout.segments), len(request.local.layout.segments))
         reading = GroupedRead(
             self._transport.driver, peer, self._transport.budget(self._owner), request, layout.page_bytes,

@@ -49,6 +49,16 @@ def page_runs(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> Runs:
     return Runs(iov, memories[first])
 
 
+def page_lists(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """Return (n, segments, 2) uint64 addresses and lengths of pages, nothing joined; arguments as of `page_runs`."""
+    segments = np.array([(s.memory, s.offset, s.stride, s.nbytes) for s in layout.segments], np.uint64)
+    starts = bases[segments[:, 0].astype(np.int64)] + segments[:, 1]
+    lists = np.empty((len(pages), len(segments), 2), np.uint64)
+    lists[:, :, 0] = starts + pages.astype(np.uint64)[:, None] * segments[:, 2]
+    lists[:, :, 1] = segments[:, 3]
+    return lists
+
+
 def local_iov(memory: PagedMemory, pages: np.ndarray) -> np.ndarray:
     """Return the (n, 2) uint64 scatter/gather list of pages of this process."""
     bases = np.array([array.ctypes.data for array in memory.memories], np.uint64)

@@ -74,6 +74,43 @@ class RemoteGroup:
     iov: np.ndarray
 
 
+class CounterWindows:
+    """Where the generation counters of some pages are fetched to: a few runs of counters, near ones read along.
+
+    Args:
+        pages: (n,) int64 page numbers, in any order.
+    """
+
+    def __init__(self, pages: np.ndarray) -> None:
+        wanted = np.unique(pages)
+        first = np.concatenate(([0], np.flatnonzero(np.diff(wanted) > WINDOW_GAP) + 1))
+        last = np.concatenate((first[1:], [len(wanted)])) - 1
+        self._pages, self._starts = pages, wanted[first]
+        self._lengths = wanted[last] + 1 - self._starts
+        self._offsets = np.cumsum(self._lengths) - self._lengths
+        self._counters = np.empty(int(self._lengths.sum()), np.uint64)
+
+    def local_iov(self) -> np.ndarray:
+        """(n, 2) uint64: addresses and lengths to read to."""
+        return self._iov(self._counters.ctypes.data, self._offsets)
+
+    def remote_iov(self, base: int) -> np.ndarray:
+        """(n, 2) uint64: addresses and lengths to read from, with the table's counters at `base`."""
+        return self._iov(base, self._starts)
+
+    def _iov(self, base: int, counters: np.ndarray) -> np.ndarray:
+        iov = np.empty((len(counters), 2), np.uint64)
+        iov[:, 0] = np.uint64(base) + np.uint64(8) * counters.astype(np.uint64)
+        iov[:, 1] = 8 * self._lengths
+        return iov
+
+    def current(self) -> np.ndarray:
+        """(n,) uint64: the generations just read of the pages."""
+        window = np.searchsorted(self._starts, self._pages, side="right") - 1
+        current: np.ndarray = self._counters[self._offsets[window] + (self._pages - self._starts[window])]
+        return current
+
+
 class OneSidedRead(Transfer):
     """The read of one group: three rounds of gets, each waiting for the one before."""
 
@@ -88,12 +125,7 @@ class OneSidedRead(Transfer):
         super().__init__(number, finish)
         self._driver, self._endpoint, self._peer, self._region = peer.driver, endpoint, peer, group.region
         self._pages, self._generations, self._iov = group.pages, group.generations, group.iov
-        wanted = np.unique(group.pages)
-        starts = np.concatenate(([0], np.flatnonzero(np.diff(wanted) > WINDOW_GAP) + 1))
-        ends = np.concatenate((starts[1:], [len(wanted)])) - 1
-        self._windows = [(int(wanted[a]), int(wanted[b]) + 1) for a, b in zip(starts, ends, strict=True)]
-        self._offsets = np.cumsum([0] + [stop - start for start, stop in self._windows])
-        self._table = np.empty(int(self._offsets[-1]), np.uint64)
+        self._windows = CounterWindows(group.pages)
         self._header = np.empty(len(group.region.header), np.uint8)
         self._status = api.UCS_OK
         self._next: Callable[[], None] = self._got_before
@@ -126,24 +158,16 @@ class OneSidedRead(Transfer):
         self._done(api.UCS_OK)
 
     def _read_table(self, following: Callable[[], None]) -> None:
-        table = self._region.table + VALUES_OFFSET
-        local = self._table.ctypes.data
+        remote, local = self._windows.remote_iov(self._region.table + VALUES_OFFSET), self._windows.local_iov()
         gets = [
-            (local + 8 * int(offset), 8 * (stop - start), table + 8 * start, self._region.table_key)
-            for offset, (start, stop) in zip(self._offsets, self._windows, strict=False)
+            (here, nbytes, there, self._region.table_key)
+            for (here, nbytes), (there, _) in zip(local.tolist(), remote.tolist(), strict=True)
         ]
         self._round(gets, following)
 
-    def _current(self) -> np.ndarray:
-        """(n,) uint64: the generations just read of the wanted pages."""
-        starts = np.array([start for start, _ in self._windows])
-        window = np.searchsorted(starts, self._pages, side="right") - 1
-        current: np.ndarray = self._table[self._offsets[window] + (self._pages - starts[window])]
-        return current
-
     def _got_before(self) -> None:
         odd = (self._generations & np.uint64(1)) != 0
-        stale = (self._current() != self._generations) | odd | (self._generations == 0)
+        stale = (self._windows.current() != self._generations) | odd | (self._generations == 0)
         if stale.any():
             self.end(GroupResult(stale=np.flatnonzero(stale).tolist()))
             return
@@ -163,4 +187,4 @@ class OneSidedRead(Transfer):
         if self._header.tobytes() != self._region.header:
             self.end(GroupResult(error="the owner's generation table is gone"))
             return
-        self.end(GroupResult(torn=np.flatnonzero(self._current() != self._generations).tolist()))
+        self.end(GroupResult(torn=np.flatnonzero(self._windows.current() != self._generations).tolist()))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_lookup():
             assert all(0 < times["p50_ms"] <= times["p99_ms"] for times in result[shape][kind].values())
 
 
+<<<<<<< HEAD
 @pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
 def test_registry():
     pytest.importorskip("redis", reason="the extra 'redis' is not installed")
@@ -64,6 +66,20 @@ def test_registry():
 
 
 @pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "registry.py"])
+=======
+@pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed (extra 'ucx')")
+def test_transport():
+    result = last_line("transport.py")
+    assert (result["bench"], result["quick"], result["peer"]) == ("transport", True, "none")
+    for lanes, kind in (("cma", "cma("), ("tcp", "am(tcp/")):
+        assert result[lanes]["path"].startswith(kind)
+        assert result[lanes]["right"] is True
+        assert all(result[lanes][case]["kvmarket"] > 0 for case in ("contiguous", "blocks", "latency"))
+        assert result[lanes]["idle_cpu"]["kvmarket"] >= 0
+
+
+@pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "transport.py"])
+>>>>>>> land
 def test_help_says_what_is_measured(bench):
     if bench == "registry.py":
         pytest.importorskip("redis", reason="the extra 'redis' is not installed")

@@ -9,7 +9,7 @@ from ucx_owners import PeerUcxOwner, UcxRegionOwner
 
 from kvmarket.testing.region_owner import Lent
 from kvmarket.testing.transport_suite import TransportConformance
-from kvmarket.transport import ucx_rma
+from kvmarket.transport import ucx_cma, ucx_rma
 from kvmarket.transport.ucx import UcxTransport
 from kvmarket.transport.ucx_driver import UcxDriver
 
@@ -66,7 +66,13 @@ class TestTwoSidedOverTcp(UcxConformance):
 
 
 class TestOneSidedOverSharedMemory(UcxConformance):
-    """The owner is another process of this host: CMA lanes, read without it."""
+    """The owner is another process of this host: CMA lanes, read without it by UCX, as RDMA lanes would be."""
+
+    @pytest.fixture
+    def transport(self):
+        transport = UcxTransport({}, direct=False)
+        yield transport
+        transport.close()
 
     @pytest.fixture
     def owner(self, peers):
@@ -86,3 +92,26 @@ class TestOneSidedOverSharedMemory(UcxConformance):
         with mock.patch.object(ucx_rma.OneSidedRead, "_read_table", act_then_read):
             yield
         assert len(calls) > 1, "nothing was read"
+
+
+class TestReadsByTheKernel(UcxConformance):
+    """The same lanes, and the system call behind them."""
+
+    @pytest.fixture
+    def owner(self, peers):
+        return PeerUcxOwner(peers.spawn())
+
+    @contextlib.contextmanager
+    def during_copy(self, action):
+        calls = []
+        copy = ucx_cma.CmaRegion._copy
+
+        def copy_then_act(region, remote, local):
+            copy(region, remote, local)
+            calls.append(len(remote))
+            if len(calls) == 2:  # the first looks at the generations, the second moves the pages
+                action()
+
+        with mock.patch.object(ucx_cma.CmaRegion, "_copy", copy_then_act):
+            yield
+        assert len(calls) > 2, "nothing was read"

@@ -83,5 +83,5 @@ async def test_the_command_shows_every_way_to_a_live_owner(tmp_path):
     assert "WARN" not in done.stdout
     assert "inproc no: the owner is another process" in lines
     assert "shm yes: mmap(memfd)" in lines
-    assert any(line.startswith("ucx yes: rma(cma/memory") for line in lines)
+    assert any(line.startswith("ucx yes: cma(cma/memory") for line in lines)
     assert any("region 0" in line and "by shm" in line for line in lines), "auto takes shared memory on one host"

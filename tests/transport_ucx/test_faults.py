@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,21 +16,26 @@ from kvmarket.errors import PeerGoneError, TransferError, TransportUnavailableEr
 from kvmarket.region.pages import PagedMemory
 from kvmarket.report import MissReason
 from kvmarket.testing.region_owner import page_bytes_of, pattern_page
-from kvmarket.transport import ReadRequest, ucx_read
+from kvmarket.transport import ReadRequest, ucx, ucx_read
 from kvmarket.transport.ucx import UcxTransport
 
 PAGES, PAGE_BYTES = 512, 256 << 10
-TCP, SHM = {"UCX_TLS": "tcp"}, {}
+TCP, CMA = {"UCX_TLS": "tcp"}, {}
+RMA = {"direct": False}
+"""The same lanes as `CMA`, with UCX itself doing the reads, as it does over RDMA."""
+EVERY = pytest.mark.parametrize("lanes", [TCP, CMA, RMA], ids=["tcp", "cma", "rma"])
 
 
 class Setting:
     """An owner in another process, a connection to it, and memory to read into."""
 
     def __init__(self, peers, environ, pages=PAGES):
+        environ = dict(environ)
+        direct = environ.pop("direct", True)
         self.owner = PeerUcxOwner(peers.spawn(), environ)
         self.lent = self.owner.lend_pattern(pages, PAGE_BYTES)
         self.generations = self.owner.validate(0, list(range(pages)))
-        self.transport = UcxTransport({})
+        self.transport = UcxTransport({}, direct=direct)
         self.connection = self.transport.connect(self.lent.owner, self.lent.descriptor)
         self.local = PagedMemory.packed(np.zeros((pages, PAGE_BYTES), np.uint8))
         self.arrived = []
@@ -63,8 +69,8 @@ def setting(peers, monkeypatch):
     made = []
 
     def make(environ, **options):
-        for name, value in environ.items():
-            monkeypatch.setenv(name, value)
+        for name in environ.keys() - {"direct"}:
+            monkeypatch.setenv(name, environ[name])
         made.append(Setting(peers, environ, **options))
         return made[-1]
 
@@ -75,7 +81,7 @@ def setting(peers, monkeypatch):
         one.transport.close()
 
 
-@pytest.mark.parametrize("lanes", [TCP, SHM], ids=["tcp", "cma"])
+@EVERY
 def test_an_owner_killed_in_mid_transfer_is_a_miss_within_a_second(setting, lanes):
     world = setting(lanes)
     killed = []
@@ -118,27 +124,30 @@ def test_a_stopped_owner_is_given_up_within_the_heartbeat(setting):
     assert world.nothing_wrong()
 
 
-def test_a_stopped_owner_is_read_all_the_same_where_reads_are_one_sided(setting):
-    world = setting(SHM)
+@pytest.mark.parametrize(("lanes", "path"), [(CMA, "cma(cma"), (RMA, "rma(cma")], ids=["cma", "rma"])
+def test_a_stopped_owner_is_read_all_the_same_where_reads_are_one_sided(setting, lanes, path):
+    world = setting(lanes)
     report = world.read(on_first=lambda: world.owner.peer.signal(signal.SIGSTOP))
     assert report.refused == {}
-    assert report.path.startswith("rma(cma")
+    assert report.path.startswith(path)
     assert len(world.arrived) == PAGES
     assert world.nothing_wrong()
 
 
-def test_connecting_to_a_stopped_owner_ends_in_time(setting):
+def test_connecting_to_a_stopped_owner_ends_in_time(setting, monkeypatch):
     world = setting(TCP, pages=4)
+    monkeypatch.setattr(ucx, "CONNECT_S", 1.0)
     world.owner.peer.signal(signal.SIGSTOP)
     other = UcxTransport({})
     began = time.monotonic()
     with pytest.raises(TransportUnavailableError, match="does not answer"):
         other.connect(world.lent.owner, world.lent.descriptor)
-    assert time.monotonic() - began < 1.5
+    seconds = time.monotonic() - began
     other.close()
+    assert seconds < 3
 
 
-@pytest.mark.parametrize("lanes", [TCP, SHM], ids=["tcp", "cma"])
+@EVERY
 def test_a_cancelled_read_returns_soon_and_nothing_is_written_after_it(setting, lanes):
     world = setting(lanes)
     deadline = Deadline(20)
@@ -180,7 +189,7 @@ def test_deadlines_hold_while_the_owner_is_stopped(setting):
     assert report.refused == dict.fromkeys(range(PAGES), MissReason.DEADLINE)
 
 
-@pytest.mark.parametrize("lanes", [TCP, SHM], ids=["tcp", "cma"])
+@pytest.mark.parametrize("lanes", [TCP, RMA], ids=["tcp", "rma"])
 def test_bytes_in_flight_are_bounded(setting, lanes):
     world = setting(lanes)
     budget = world.transport._budget
@@ -199,7 +208,7 @@ def test_bytes_in_flight_are_bounded(setting, lanes):
     assert budget.taken == 0
 
 
-@pytest.mark.parametrize("lanes", [TCP, SHM], ids=["tcp", "cma"])
+@EVERY
 def test_an_idle_connection_uses_no_cpu(setting, lanes):
     world = setting(lanes, pages=8)
     world.read()
@@ -226,7 +235,7 @@ def test_readers_leave_no_trace_at_the_owner(setting):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_neither_uses_nor_destroys_what_it_inherited(setting):
     """Its copy of the worker has the parent's shared memory and sockets."""
-    world, owner = setting(SHM, pages=8), UcxRegionOwner()
+    world, owner = setting(CMA, pages=8), UcxRegionOwner()
     world.read()
     pid = os.fork()
     if pid == 0:
@@ -251,17 +260,21 @@ def test_what_was_closed_is_gone_before_garbage_is_collected():
     """UCX must not be torn down by whichever thread happens to collect garbage."""
 
     def parts():
-        return {type(thing).__name__ for thing in gc.get_objects()} & {"UCXWorker", "UCXListener", "UCXEndpoint"}
+        names = Counter(type(thing).__name__ for thing in gc.get_objects())
+        return {name: names[name] for name in ("UCXWorker", "UCXListener", "UCXEndpoint")}
 
     gc.collect()
+    before = parts()
     gc.disable()
     try:
         owner, reader = UcxRegionOwner(), UcxTransport({})
-        lent = owner.lend_pattern(4, PAGE_BYTES)
-        reader.connect(lent.owner, lent.descriptor)
-        assert "UCXListener" in parts()
-        reader.close()
-        owner.close()
-        assert parts() == set()
+        try:
+            lent = owner.lend_pattern(4, PAGE_BYTES)
+            reader.connect(lent.owner, lent.descriptor)
+            assert parts()["UCXListener"] > before["UCXListener"]
+        finally:
+            reader.close()
+            owner.close()
+        assert parts() == before
     finally:
         gc.enable()

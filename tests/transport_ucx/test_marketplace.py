@@ -65,7 +65,7 @@ async def test_blocks_travel_through_ucx_between_two_processes_and_the_report_na
     assert report.transport == "ucx"
     assert report.blocks_adopted == BLOCKS == report.blocks_verified
     (path,) = {transfer.path for transfer in report.transfers}
-    assert path == "rma(cma/memory+posix/memory+sysv/memory)"
+    assert path == "cma(cma/memory+posix/memory+sysv/memory)"
     peer.call(close_in_peer)
     gone = await fetch(settings, transport="ucx")
     assert not gone.hit

@@ -11,7 +11,7 @@ from kvmarket.errors import TransportError
 from kvmarket.region.pages import PagedMemory
 from kvmarket.testing.networks import enter_network
 from kvmarket.testing.region_owner import Lent, RegionOwner, page_bytes_of, pattern_page
-from kvmarket.transport import ReadRequest
+from kvmarket.transport import ReadRequest, ucx
 from kvmarket.transport.ucx import UcxTransport
 
 
@@ -90,6 +90,7 @@ def in_reading_peer(state, environ, method, *args):
         network = environ.pop("network", None)
         if network is not None:
             enter_network(network)
+        ucx.CONNECT_S = environ.pop("connect_s", 10.0)
         os.environ.update(environ)
         state.reader = UcxReader()
     return getattr(state.reader, method)(*args)
