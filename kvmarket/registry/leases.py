@@ -60,7 +60,7 @@ class Lease:
     Attributes:
         info: who it is; `info.owner` is its handle.
         number: its number on the server now.
-        body: what its lease says on the server: who it is. Another body there means that the number is another's by now.
+        body: what its lease says on the server: who it is. Another body there: the number is another's by now.
         lost: the present number must not be used any more: start over.
         old: numbers whose keys this process still has to remove, and the namespaces and epochs they are in.
         regions: region number -> packed descriptor.

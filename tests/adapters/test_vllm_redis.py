@@ -74,11 +74,10 @@ def test_a_reset_reaches_the_other_replica(fleet, replicas, prompts, right):
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_answers_stay_right_while_the_server_is_away_and_shared_when_it_is_back(
-    fleet, replicas, server, prompts, right, how
-):
+def test_answers_stay_right_while_the_server_is_away_and_shared_when_it_is_back(replicas, server, prompts, right, how):
     owner, reader = replicas
-    fleet.publish(owner, prompts[:2])
+    owner.generate(prompts[:2], max_tokens=1)
+    owner.call("vllm_faults:flush")
     before, missed = loaded(reader), reader.counters().get(AWAY, 0)
     server.kill() if how == "killed" else server.stop()
     try:

@@ -1,4 +1,4 @@
-"""Owners' leases in a simulated bad world, by seed: delay, loss, repetition, reordering, crashes, a server that forgets.
+"""Owners' leases in a simulated bad world: delay, loss, repetition, reordering, crashes, a server that forgets.
 
 The code under test is the one that runs against a server; clock, server and network are models. A failure names its
 seed; `run(seed)` repeats it, and `python tests/property/test_lease_simulation.py 10000` runs more of them.
