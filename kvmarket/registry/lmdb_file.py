@@ -86,10 +86,31 @@ class RegistryFile:
     _idle: threading.Condition = field(default_factory=threading.Condition)
     _active: int = 0
     _paused: bool = False
+    _identity: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self._identity = self._on_disk()
+
+    def _on_disk(self) -> tuple[int, int]:
+        with translated(self.path):
+            info = self.path.stat()
+        return info.st_dev, info.st_ino
+
+    def _require_in_place(self) -> None:
+        """Raise `RegistryUnavailableError` when the open file is no longer the one that other processes would open."""
+        try:
+            same = self._on_disk() == self._identity
+        except RegistryUnavailableError:
+            same = False
+        if not same:
+            raise RegistryUnavailableError(
+                f"{self.path} was removed or replaced while it was in use; restart this process to meet the others"
+            )
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
         """A read transaction: a snapshot, taken without a lock that other processes know of."""
+        self._require_in_place()
         with translated(self.path), self._transaction(write=False) as txn:
             yield txn
 
@@ -98,8 +119,9 @@ class RegistryFile:
         """A write transaction: one at a time on this host; committed unless the block raises.
 
         Raises:
-            RegistryUnavailableError: other writers had the turn for all of `WRITE_WAIT_S`.
+            RegistryUnavailableError: other writers had the turn for all of `WRITE_WAIT_S`, or the file was removed.
         """
+        self._require_in_place()
         with self._turn(), translated(self.path), self._transaction(write=True) as txn:
             yield txn
 

@@ -195,6 +195,24 @@ def rewrite_records(state, first):
     return changed
 
 
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+async def test_a_registry_that_is_taken_away_is_noticed(config, peers, how):
+    """Else its users would go on among themselves, and never meet those who come later."""
+    async with Marketplace("model", SPEC, config=config) as market:
+        await market.publish(TOKENS, sample_kv(TOKENS))
+        shutil.rmtree(config.directory)
+        if how == "replaced":
+            newcomer = peers.spawn()
+            newcomer.call(jobs.open_market, config)
+            assert newcomer.call(jobs.publish, 5, 2).blocks == 2
+        report = (await market.fetch(TOKENS)).report
+        assert report.reason is MissReason.REGISTRY_UNAVAILABLE
+        assert "was removed or replaced" in report.detail
+        other_tokens = sample_tokens(2, 2)
+        with pytest.raises(RegistryUnavailableError, match="restart this process"):
+            await market.publish(other_tokens, sample_kv(other_tokens))
+
+
 def test_a_directory_that_others_may_enter_is_refused(config):
     config.directory.chmod(0o755)
     with pytest.raises(ConfigError, match="mode 0700"):
