@@ -22,6 +22,7 @@ from kvmarket.registry.records import pack, unpack
 from kvmarket.registry.redis_batches import batch, batches, with_owner
 from kvmarket.registry.redis_link import Link, ServerAwayError
 from kvmarket.registry.redis_scripts import (
+    ADMIT,
     ANNOUNCE,
     JOIN,
     PURGE,
@@ -195,9 +196,8 @@ class Owners:
         if not self._link.run(JOIN, keys, [digest + space.epoch.to_bytes(8, "big"), lease.body]):
             return False
         name = namespace_key(digest, b"l", lease.number)
-        self._link.call(b"SET", name, lease.body, b"PX", self._lease_ms)
-        space.joined = True
-        return True
+        space.joined = bool(self._link.run(ADMIT, [name], [lease.body, self._lease_ms]))
+        return space.joined
 
     def withdraw(self, digest: bytes, epoch: int, owner: int, keys: Sequence[bytes]) -> int:
         """Remove an owner's records of `keys` in an epoch."""

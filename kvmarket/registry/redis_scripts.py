@@ -241,6 +241,13 @@ redis.call('SADD', KEYS[2], ARGV[1])
 return 1
 """)
 
+ADMIT = Script("""
+-- Make a lease known in a namespace. KEYS: lease there   ARGV: who it is, ms.   Returns 0 where it is another's.
+if (redis.call('GET', KEYS[1]) or ARGV[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+""")
+
 REGION = Script("""
 -- KEYS: lease, g   ARGV: region number, descriptor, who it is.   Returns 0 without a lease.
 if redis.call('GET', KEYS[1]) ~= ARGV[3] then return 0 end

@@ -38,9 +38,6 @@ class ModelServer:
     def command(self, name, *rest):
         return getattr(self, "do_" + name.decode().lower())(*rest)
 
-    def do_set(self, key, value, _px, lease_ms):
-        self.put(key, value, lease_ms)
-
     def do_getex(self, key, _px, lease_ms):
         if self.get(key) is not None:
             self.expires[key] = self.now + lease_ms / 1000
@@ -79,6 +76,12 @@ class ModelServer:
         if self.get(keys[0]) != args[1]:
             return 0
         self.sets[keys[1]].add(args[0])
+        return 1
+
+    def run_admit(self, keys, args):
+        if self.get(keys[0]) not in (None, args[0]):
+            return 0
+        self.put(keys[0], *args)
         return 1
 
     def run_region(self, keys, args):
@@ -134,7 +137,7 @@ class ModelServer:
         return {n: r for n, r in found.items() if self.get(scripts.namespace_key(digest, b"l", n)) is not None}
 
 
-NAMES = ("REGISTER", "JOIN", "REGION", "ANNOUNCE", "WITHDRAW", "PURGE", "BUMP")
+NAMES = ("REGISTER", "JOIN", "ADMIT", "REGION", "ANNOUNCE", "WITHDRAW", "PURGE", "BUMP")
 
 
 class BadLink:
