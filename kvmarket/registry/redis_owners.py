@@ -242,8 +242,9 @@ class Owners:
             if lease.released:
                 return
             if not lease.lost:
-                names = self._lease_names(lease)
-                replies = self._link.send([(b"GETEX", name, b"PX", self._lease_ms) for name in names])
+                renewals = [(b"GETEX", name, b"PX", self._lease_ms) for name in self._lease_names(lease)]
+                listed = (b"SADD", owners_key(b"s"), lease.number)  # also where the server has lost just this
+                replies = self._link.send([listed, *renewals])[1:]
                 lease.answered([self._link.checked(reply) for reply in replies])
             if lease.lost:
                 self.start_over(lease)

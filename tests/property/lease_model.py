@@ -49,6 +49,9 @@ class ModelServer:
     def do_smembers(self, key):
         return sorted(self.sets[key])
 
+    def do_sadd(self, key, member):
+        self.sets[key].add(b"%d" % member)
+
     def do_srem(self, key, member):
         found = b"%d" % member in self.sets[key]
         self.sets[key].discard(b"%d" % member)
