@@ -7,9 +7,12 @@ hangs, and nothing left behind. A failure names its seed; `CHAOS` holds what a r
 import contextlib
 import random
 import signal
+import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +23,7 @@ import market_jobs as jobs
 from kvmarket import MarketConfig
 from kvmarket.errors import KVMarketError
 from kvmarket.registry.redis import RedisRegistry
+from kvmarket.testing.peers import PeerPool
 from kvmarket.testing.redis_server import WHERE_FROM, RedisServer, find_server
 
 pytestmark = [
@@ -214,3 +218,20 @@ def test_never_wrong_never_hung_nothing_left(peers, tmp_path, seed):
     print(seed, dict(seen))
     assert seen["hits"] > seen["fetches"] / 10, seen
     assert seen["ended registry_unavailable"] > 0, seen
+
+
+def main(fetches):
+    """A longer run: new seeds until there are enough fetches."""
+    total = Counter()
+    with PeerPool([jobs.__file__]) as pool:
+        while total["fetches"] < fetches:
+            seed = random.SystemRandom().randrange(2**32)
+            print(f"seed {seed}", flush=True)
+            with tempfile.TemporaryDirectory() as directory:
+                total += play(pool, Path(directory), seed, FETCHES // len(SEEDS))
+            pool.reap()
+    print(dict(total))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
