@@ -216,7 +216,7 @@ def test_never_wrong_never_hung_nothing_left(peers, tmp_path, seed):
         print(f"seed {seed}")
         raise
     print(seed, dict(seen))
-    assert seen["hits"] > seen["fetches"] / 10, seen
+    assert seen["hits"] >= 20, seen
     assert seen["ended registry_unavailable"] > 0, seen
 
 
