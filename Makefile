@@ -11,7 +11,7 @@ BENCHES ?= bench/fetch.py bench/lookup.py bench/registry.py bench/transport.py b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast bench lint clean setup setup-vllm
+.PHONY: help demo test test-fast chaos bench lint clean setup setup-vllm
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: setup-vllm ## all tests, real engines included (PYTEST_ARGS="-k name" for 
 
 test-fast: setup ## the tests without engines
 	@$(VENV)/python -u -m pytest -m "not vllm" $(PYTEST_ARGS)
+
+chaos: setup ## bad days at length: 10,000 simulated ones of leases, 10,000 fetches among real ones
+	@$(VENV)/python -u tests/property/test_lease_simulation.py 10000
+	@PYTHONPATH=tests/integration $(VENV)/python -u tests/chaos/test_registry_server.py 10000
 
 bench: setup-vllm ## the benchmarks; the last line of each is JSON (BENCHES="bench/fetch.py" for some)
 	@for bench in $(BENCHES); do echo "== $$bench"; $(VENV)/python -u $$bench || exit 1; done

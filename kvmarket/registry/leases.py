@@ -60,6 +60,7 @@ class Lease:
     Attributes:
         info: who it is; `info.owner` is its handle.
         number: its number on the server now.
+        body: what its lease says on the server: who it is. Another body there: the number is another's by now.
         lost: the present number must not be used any more: start over.
         old: numbers whose keys this process still has to remove, and the namespaces and epochs they are in.
         regions: region number -> packed descriptor.
@@ -69,6 +70,7 @@ class Lease:
 
     info: OwnerInfo
     number: int
+    body: bytes
     lost: bool = False
     released: bool = False
     old: list[int] = field(default_factory=list)
@@ -90,9 +92,9 @@ class Lease:
         for space in self.spaces.values():
             space.joined = False
 
-    def answered(self, alive: Sequence[bool]) -> None:
-        """Take the answers to one heartbeat: the lease, then its copy in every namespace joined."""
-        if not all(alive):
+    def answered(self, bodies: Sequence[bytes | None]) -> None:
+        """Take the answers to one heartbeat: what the lease says, then its copy in every namespace joined."""
+        if any(body != self.body for body in bodies):
             self.lost = True
 
     def joined(self) -> list[bytes]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from kvmarket.errors import LeaseExpiredError, RegistryError, RegistryFullError, RegistryProtocolError
+from kvmarket.errors import (
+    LeaseExpiredError,
+    RegistryError,
+    RegistryFullError,
+    RegistryProtocolError,
+    RegistryUnavailableError,
+)
 from kvmarket.identity import OwnerInfo
 from kvmarket.registry.host import this_process
 from kvmarket.registry.leases import Lease, Space
@@ -15,6 +22,7 @@ from kvmarket.registry.records import pack, unpack
 from kvmarket.registry.redis_batches import batch, batches, with_owner
 from kvmarket.registry.redis_link import Link, ServerAwayError
 from kvmarket.registry.redis_scripts import (
+    ADMIT,
     ANNOUNCE,
     JOIN,
     PURGE,
@@ -26,13 +34,14 @@ from kvmarket.registry.redis_scripts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvmarket.server_url import ServerUrl
 
 PURGE_ENTRIES = 2000
 """Entries removed per call, so that fencing never keeps the server from others for long."""
 DIGEST_BYTES = 32
+NUMBER_TRIES = 8
 RENEW_ENTRIES_MAX = 16_384
 """Entries of one namespace renewed per heartbeat."""
 
@@ -53,14 +62,26 @@ def owner_info(number: int, data: bytes) -> OwnerInfo:
 
 
 class Owners:
-    """Leases of this process. Thread-safe: what changes one owner happens one after the other."""
+    """Leases of this process. Thread-safe: what changes one owner happens one after the other.
 
-    def __init__(self, link: Link, options: ServerUrl) -> None:
-        self._link, self._options = link, options
+    Args:
+        link: to the server.
+        options: limits.
+        clock: seconds; `pick`: an owner number, 32 bits; both for tests that make their own.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        options: ServerUrl,
+        clock: Callable[[], float] = time.monotonic,
+        pick: Callable[[], int] = lambda: secrets.randbits(32),
+    ) -> None:
+        self._link, self._options, self._clock, self._pick = link, options, clock, pick
         self._lease_ms = int(options.lease_s * 1000)
         self._lock = threading.Lock()
         self._leases: dict[int, Lease] = {}
-        self._kept_alive_at = time.monotonic()
+        self._kept_alive_at = clock()
 
     def all(self) -> list[Lease]:
         """Return the leases of owners that are not released."""
@@ -75,15 +96,21 @@ class Owners:
 
     def register(self, incarnation: bytes) -> OwnerInfo:
         """Enter a new owner."""
-        number = self._new_number(this_process(0, incarnation))
-        lease = Lease(this_process(number, incarnation), number)
+        number = self._new_number(owner_body(this_process(0, incarnation)))
+        info = this_process(number, incarnation)
+        lease = Lease(info, number, owner_body(info))
         with self._lock:
             self._leases[number] = lease
         return lease.info
 
-    def _new_number(self, info: OwnerInfo) -> int:
-        keys = [owners_key(b"c"), owners_key(b"s")]
-        return int(self._link.run(REGISTER, keys, [owners_key(b"l", b""), self._lease_ms, owner_body(info)]))
+    def _new_number(self, body: bytes) -> int:
+        """Lease a number that nobody has. They are random: a server that has lost everything cannot count on."""
+        for _ in range(NUMBER_TRIES):
+            number = self._pick()
+            keys = [owners_key(b"s"), owners_key(b"l", number)]
+            if self._link.run(REGISTER, keys, [number, self._lease_ms, body]):
+                return number
+        raise RegistryUnavailableError(f"{NUMBER_TRIES} random owner numbers were all in use")
 
     def register_region(self, owner: int, region_id: int, descriptor: bytes) -> None:
         """Make a region known, now and after every start over."""
@@ -95,7 +122,7 @@ class Owners:
 
     def _tell_region(self, lease: Lease, region_id: int) -> bool:
         keys = [owners_key(b"l", lease.number), owners_key(b"g", lease.number)]
-        return bool(self._link.run(REGION, keys, [region_id, lease.regions[region_id]]))
+        return bool(self._link.run(REGION, keys, [region_id, lease.regions[region_id], lease.body]))
 
     def _require(self, owner: int) -> Lease:
         lease = self.find(owner)
@@ -145,7 +172,15 @@ class Owners:
             names += [prefix + head for head in part.heads]
             limits: list[bytes | int] = [space.epoch, self._options.entries_max, int(self._options.ttl_s), number]
             lengths = bytes(map(len, records))
-            sent: list[bytes | int] = [*limits, part.width, part.counts, part.keys, lengths, b"".join(records)]
+            sent: list[bytes | int] = [
+                *limits,
+                part.width,
+                part.counts,
+                part.keys,
+                lengths,
+                b"".join(records),
+                lease.body,
+            ]
             outcome = self._link.run(ANNOUNCE, names, sent)
             if outcome == -1:
                 return False
@@ -158,12 +193,11 @@ class Owners:
     def _join(self, lease: Lease, digest: bytes, space: Space) -> bool:
         """Make the lease known in a namespace, so that one call there can look at both."""
         keys = [owners_key(b"l", lease.number), owners_key(b"n", lease.number)]
-        if not self._link.run(JOIN, keys, [digest + space.epoch.to_bytes(8, "big")]):
+        if not self._link.run(JOIN, keys, [digest + space.epoch.to_bytes(8, "big"), lease.body]):
             return False
         name = namespace_key(digest, b"l", lease.number)
-        self._link.call(b"SET", name, owner_body(lease.info), b"PX", self._lease_ms)
-        space.joined = True
-        return True
+        space.joined = bool(self._link.run(ADMIT, [name], [lease.body, self._lease_ms]))
+        return space.joined
 
     def withdraw(self, digest: bytes, epoch: int, owner: int, keys: Sequence[bytes]) -> int:
         """Remove an owner's records of `keys` in an epoch."""
@@ -190,13 +224,13 @@ class Owners:
 
     def _keep_alive(self) -> None:
         """Renew all leases in the middle of long work; whether one is over already shows at the next heartbeat."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._kept_alive_at < self._options.lease_s / 3:
             return
         self._kept_alive_at = now
         names = [name for lease in self.all() for name in self._lease_names(lease)]
         if names:
-            self._link.send([(b"PEXPIRE", name, self._lease_ms) for name in names])
+            self._link.send([(b"GETEX", name, b"PX", self._lease_ms) for name in names])
 
     def _lease_names(self, lease: Lease) -> list[bytes]:
         names = [owners_key(b"l", lease.number)]
@@ -208,9 +242,10 @@ class Owners:
             if lease.released:
                 return
             if not lease.lost:
-                names = self._lease_names(lease)
-                replies = self._link.send([(b"PEXPIRE", name, self._lease_ms) for name in names])
-                lease.answered([bool(self._link.checked(reply)) for reply in replies])
+                renewals = [(b"GETEX", name, b"PX", self._lease_ms) for name in self._lease_names(lease)]
+                listed = (b"SADD", owners_key(b"s"), lease.number)  # also where the server has lost just this
+                replies = self._link.send([listed, *renewals])[1:]
+                lease.answered([self._link.checked(reply) for reply in replies])
             if lease.lost:
                 self.start_over(lease)
             while lease.old:
@@ -224,7 +259,7 @@ class Owners:
         Raises:
             RegistryError: not all of it is announced; the next heartbeat tries again, under yet another number.
         """
-        lease.begin(self._new_number(lease.info))
+        lease.begin(self._new_number(lease.body))
         lease.lost = True
         for region_id in lease.regions:
             self._tell_region(lease, region_id)
@@ -242,11 +277,11 @@ class Owners:
         return told
 
     def _renew_at(self) -> float:
-        return time.monotonic() + self._options.ttl_s / 2
+        return self._clock() + self._options.ttl_s / 2
 
     def _renew_entries(self, lease: Lease) -> None:
         for digest, space in list(lease.spaces.items()):
-            if keys := space.due(time.monotonic(), RENEW_ENTRIES_MAX):
+            if keys := space.due(self._clock(), RENEW_ENTRIES_MAX):
                 with contextlib.suppress(_EpochMovedError):  # what is left of it goes with `epoch_moved`
                     lease.lost = not self._tell_again(lease, digest, space, keys)
 

@@ -8,7 +8,6 @@ Keys of a namespace share the slot of its digest, keys of owners share another:
     kvm:{<digest>}:i:<epoch>:<owner>   SET of the block keys of its entries, so that fencing it costs its own keys
     kvm:{<digest>}:r:<epoch>:<head>    HASH of the entries of one run: index | block hash -> segments
 
-    kvm:{owners}:c                     the last owner number
     kvm:{owners}:s                     SET of owners that are not fenced
     kvm:{owners}:l:<owner>             its lease
     kvm:{owners}:g:<owner>             HASH region number -> descriptor
@@ -115,10 +114,10 @@ ANNOUNCE = Script(
     _COMMON
     + """
 -- KEYS: e, lease, index, runs...   ARGV: epoch, entries at most, seconds to live, owner, bytes of a block key,
--- number of keys of each run (2 bytes each), block keys, length of each record (1 byte each), records
+-- number of keys of each run (2 bytes each), block keys, length of each record (1 byte each), records, who it is
 -- Returns 1, or 0 (another epoch), -1 (no lease), -2 (too many entries); then nothing was changed.
 if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then return 0 end
-if redis.call('EXISTS', KEYS[2]) == 0 then return -1 end
+if redis.call('GET', KEYS[2]) ~= ARGV[10] then return -1 end
 local owner, width, counts, fields = ARGV[4], tonumber(ARGV[5]), ARGV[6], ARGV[7]
 if redis.call('SCARD', KEYS[3]) + #fields / width > tonumber(ARGV[2]) then return -2 end
 local now = tonumber(redis.call('TIME')[1])
@@ -228,26 +227,30 @@ return redis.call('SCARD', KEYS[1])
 )
 
 REGISTER = Script("""
--- KEYS: c, s   ARGV: prefix of leases, lease in ms, who it is
--- Numbers follow the clock, so that they are new also after the server lost the last one.
-local last, now = tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(redis.call('TIME')[1])
-local number = string.format('%.0f', math.max(last + 1, now))
-redis.call('SET', KEYS[1], number)
-redis.call('SADD', KEYS[2], number)
-redis.call('SET', ARGV[1] .. number, ARGV[3], 'PX', ARGV[2])
-return tonumber(number)
+-- KEYS: s, lease   ARGV: number, lease in ms, who it is.   Returns 0 where the number is in use.
+if redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 1 or redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+redis.call('SADD', KEYS[1], ARGV[1])
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
+return 1
 """)
 
 JOIN = Script("""
--- KEYS: lease, n   ARGV: digest and epoch.   Returns 0 without a lease: nothing brings an expired one back.
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+-- KEYS: lease, n   ARGV: digest and epoch, who it is.   Returns 0 without a lease: nothing brings an expired one back.
+if redis.call('GET', KEYS[1]) ~= ARGV[2] then return 0 end
 redis.call('SADD', KEYS[2], ARGV[1])
 return 1
 """)
 
+ADMIT = Script("""
+-- Make a lease known in a namespace. KEYS: lease there   ARGV: who it is, ms.   Returns 0 where it is another's.
+if (redis.call('GET', KEYS[1]) or ARGV[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+""")
+
 REGION = Script("""
--- KEYS: lease, g   ARGV: region number, descriptor.   Returns 0 without a lease.
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+-- KEYS: lease, g   ARGV: region number, descriptor, who it is.   Returns 0 without a lease.
+if redis.call('GET', KEYS[1]) ~= ARGV[3] then return 0 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 return 1
 """)

@@ -170,7 +170,7 @@ def test_expired_and_foreign_segments_are_left_out():
 
 
 def lease():
-    return Lease(OwnerInfo(5, bytes(16), 1, 1, "boot", "host"), 5)
+    return Lease(OwnerInfo(5, bytes(16), 1, 1, "boot", "host"), 5, b"me")
 
 
 def test_starting_over_keeps_entries_and_owes_the_old_number():
@@ -178,8 +178,12 @@ def test_starting_over_keeps_entries_and_owes_the_old_number():
     space = mine.space(digest, 3)
     space.joined = True
     space.announced([b"a", b"b"], [b"1", b"2"], 10.0)
-    mine.answered([True, False])
-    assert mine.lost
+    mine.answered([b"me", b"me"])
+    assert not mine.lost
+    for other in (None, b"somebody"):
+        mine.lost = False
+        mine.answered([b"me", other])
+        assert mine.lost
     mine.begin(9)
     assert (mine.number, mine.old, mine.info.owner, mine.lost) == (9, [5], 5, False)
     assert not mine.spaces[digest].joined
