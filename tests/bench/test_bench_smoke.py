@@ -51,7 +51,6 @@ def test_lookup():
             assert all(0 < times["p50_ms"] <= times["p99_ms"] for times in result[shape][kind].values())
 
 
-<<<<<<< HEAD
 @pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
 def test_registry():
     pytest.importorskip("redis", reason="the extra 'redis' is not installed")
@@ -65,8 +64,6 @@ def test_registry():
     assert result["fence"]["blocks"] > 1000
 
 
-@pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "registry.py"])
-=======
 @pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed (extra 'ucx')")
 def test_transport():
     result = last_line("transport.py")
@@ -78,8 +75,7 @@ def test_transport():
         assert result[lanes]["idle_cpu"]["kvmarket"] >= 0
 
 
-@pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "transport.py"])
->>>>>>> land
+@pytest.mark.parametrize("bench", ["fetch.py", "lookup.py", "registry.py", "transport.py"])
 def test_help_says_what_is_measured(bench):
     if bench == "registry.py":
         pytest.importorskip("redis", reason="the extra 'redis' is not installed")
