@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
+from kvmarket.digest import default_digest
 from kvmarket.errors import (
     InvalidInputError,
     KVMarketError,
@@ -22,10 +23,13 @@ from kvmarket.errors import (
 from kvmarket.fetch import Fetcher
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
+from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.region import LentRegion
 from kvmarket.registry import Registry, open_registry
 from kvmarket.registry.host import boot_id, pid_namespace
 from kvmarket.transport import Transport, TransportSelector
+from kvmarket.transport.cuda_ipc import CudaExports, CudaIpcTransport
+from kvmarket.transport.cuda_runtime import load_cuda
 from kvmarket.transport.inproc import InprocTransport, local_regions
 from kvmarket.transport.shm import ShmTransport
 
@@ -41,11 +45,20 @@ logger = logging.getLogger(__name__)
 
 
 def make_transports(preference: str) -> list[Transport]:
-    """Return the backends that ``KVMARKET_TRANSPORT=<preference>`` allows, in order."""
+    """Return the backends that ``KVMARKET_TRANSPORT=<preference>`` allows, in order.
+
+    Raises:
+        MissingExtraError, TransportUnavailableError: CUDA is asked for by name and cannot be used.
+    """
     if preference == "inproc":
         return [InprocTransport()]
+    if preference == "cuda_ipc":
+        load_cuda()  # asked for by name, so what is missing for it is an error now
+        return [CudaIpcTransport(boot_id(), pid_namespace(), load_cuda)]
     shm = ShmTransport(boot_id(), pid_namespace())
-    return [shm] if preference == "shm" else [InprocTransport(), shm]
+    if preference == "shm":
+        return [shm]
+    return [InprocTransport(), shm, CudaIpcTransport(boot_id(), pid_namespace(), load_cuda)]
 
 
 class MarketCore:
@@ -109,6 +122,7 @@ class MarketCore:
 
         Raises:
             InvalidInputError: page size, memories or layout do not fit.
+            RegistrationError: CUDA memory that cannot be exported; the message says what to change.
         """
         if pages.layout.page_bytes != self.namespace.spec.page_bytes:
             raise InvalidInputError(
@@ -121,7 +135,15 @@ class MarketCore:
                 raise InvalidInputError(f"memory {number} of the pages is not shared memory {number}")
         with self._lock:
             owner = self.owner
-            region = LentRegion(len(self._regions), owner.incarnation, pages, shared, self.namespace.spec.fingerprint)
+            region = LentRegion(
+                len(self._regions),
+                owner.incarnation,
+                pages,
+                shared,
+                self.namespace.spec.fingerprint,
+                self._exports(pages),
+                default_digest(pages.kind),
+            )
             try:
                 self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())
             except RegistryError:
@@ -130,6 +152,15 @@ class MarketCore:
             local_regions.add(owner.incarnation, region)
             self._regions.append(region)
             return region
+
+    def _exports(self, pages: PagedMemory) -> CudaExports | None:
+        if not isinstance(pages, CudaPagedMemory):
+            return None
+        if not any("cuda" in transport.capabilities.memory for transport in self.transports.transports):
+            raise InvalidInputError(
+                f"CUDA memory cannot be lent with KVMARKET_TRANSPORT={self.config.transport}; use auto or cuda_ipc"
+            )
+        return CudaExports(pages)
 
     def publisher(self, region: LentRegion) -> Publisher:
         """Return a publisher for a lent region; it ends with this core."""

@@ -1,19 +1,34 @@
-"""Page digests: xxh3_128 over the bytes of a page, segment by segment in page order."""
+"""Page digests: one over the bytes of a page, segment by segment in page order, wherever they lie.
+
+`xxh3_128` is for pages in host memory. `sum128` is for pages on a GPU: a sum over 8-byte words, each mixed with its
+position, which thousands of threads compute in any order. Neither is made against an adversary: they find bytes that were
+torn, misplaced or damaged. What an owner used is in its region's descriptor.
+"""
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xxhash
 
+from kvmarket.errors import InvalidInputError
+from kvmarket.region.cuda import CudaPagedMemory
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from kvmarket.region.pages import PagedMemory
 
+WORD_BYTES = 8
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1, MIX_2 = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
+WEIGHT = 0xD6E8FEB86659FD93
+
 
 def page_digest(memory: PagedMemory, page: int) -> bytes:
-    """Return the 16-byte digest of one page. The order of its segments counts, where they lie does not."""
+    """Return the 16-byte xxh3_128 of one page in host memory."""
     views = memory.views(page)
     if len(views) == 1:
         return xxhash.xxh3_128_digest(views[0].data)
@@ -23,6 +38,76 @@ def page_digest(memory: PagedMemory, page: int) -> bytes:
     return state.digest()
 
 
-def page_digests(memory: PagedMemory, pages: Iterable[int]) -> list[bytes]:
-    """Return `page_digest` of each page."""
-    return [page_digest(memory, int(page)) for page in pages]
+def page_digests(memory: PagedMemory, pages: Iterable[int], algorithm: str = "") -> list[bytes]:
+    """Return the 16-byte digest of each page.
+
+    Args:
+        memory: where the pages are.
+        pages: their numbers.
+        algorithm: a name from `DIGESTS`; default: the one for this kind of memory.
+
+    Raises:
+        InvalidInputError: this memory cannot be digested that way; ask `can_digest` first.
+    """
+    algorithm = algorithm or default_digest(memory.kind)
+    if not can_digest(memory.kind, algorithm):
+        raise InvalidInputError(f"{algorithm} of {memory.kind} memory is not supported")
+    if isinstance(memory, CudaPagedMemory):
+        return memory.api.digests(memory, np.fromiter(pages, np.int64))
+    digest = DIGESTS[algorithm]
+    return [digest(memory, int(page)) for page in pages]
+
+
+def default_digest(kind: str) -> str:
+    """Return the name of the digest that owners compute of pages in this kind of memory."""
+    return "sum128" if kind == "cuda" else "xxh3_128"
+
+
+def can_digest(kind: str, algorithm: str) -> bool:
+    """Tell whether this version computes that digest of pages in that kind of memory."""
+    return algorithm == "sum128" if kind == "cuda" else algorithm in DIGESTS
+
+
+def sum128(data: bytes | np.ndarray) -> bytes:
+    """Return the sum128 of the bytes of one page, on the host.
+
+    Words w[i] are little-endian 64-bit, the last one filled up with zeros. With m(x) the finaliser of MurmurHash3
+    (x ^= x >> 33; x *= MIX_1; x ^= x >> 33; x *= MIX_2; x ^= x >> 33) and all sums modulo 2^64::
+
+        t[i] = m(w[i] ^ (i + 1) * GOLDEN)
+        a, b = sum(t[i]), sum(t[i] * (i * WEIGHT | 1))
+
+    `sum128_final` makes the digest of a, b and the length.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    padded = np.zeros(-(-len(raw) // WORD_BYTES) * WORD_BYTES, np.uint8)
+    padded[: len(raw)] = raw
+    words, index = padded.view("<u8"), np.arange(len(padded) // WORD_BYTES, dtype=np.uint64)
+    mixed = _mix(words ^ (index + np.uint64(1)) * np.uint64(GOLDEN))
+    a = mixed.sum(dtype=np.uint64)
+    b = (mixed * (index * np.uint64(WEIGHT) | np.uint64(1))).sum(dtype=np.uint64)
+    return sum128_final(np.array([[a, b]], np.uint64), len(raw))[0]
+
+
+def sum128_final(sums: np.ndarray, nbytes: int) -> list[bytes]:
+    """Turn (n, 2) uint64 sums a, b of pages of `nbytes` into digests: m(a ^ nbytes), m(b + m(a ^ nbytes)), little-endian."""
+    first = _mix(sums[:, 0] ^ np.uint64(nbytes))
+    second = _mix(sums[:, 1] + first)
+    return [struct.pack("<QQ", int(x), int(y)) for x, y in zip(first, second, strict=True)]
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    words = words ^ (words >> np.uint64(33))
+    words = words * np.uint64(MIX_1)
+    words = words ^ (words >> np.uint64(33))
+    words = words * np.uint64(MIX_2)
+    mixed: np.ndarray = words ^ (words >> np.uint64(33))
+    return mixed
+
+
+def _page_sum128(memory: PagedMemory, page: int) -> bytes:
+    return sum128(np.concatenate(memory.views(page)))
+
+
+DIGESTS: dict[str, Callable[[PagedMemory, int], bytes]] = {"xxh3_128": page_digest, "sum128": _page_sum128}
+"""Digests of pages in host memory, by the name in region descriptors."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.digest import page_digest
+from kvmarket.digest import can_digest, page_digests
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
 from kvmarket.region.descriptor import RegionDescriptor
@@ -158,12 +158,23 @@ class Fetcher:
             return 0
         finally:
             outcome.stages["connect"] += time.perf_counter() - began
-        check = _Verification(self._verify, run, local, local_pages[outcome.blocks :], self._verifiers)
+        if local.kind not in connection.fills:
+            outcome.reason = MissReason.UNREACHABLE
+            kinds = " or ".join(sorted(connection.fills))
+            outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, and the target is {local.kind} memory"
+            return 0
+        mode = self._verify if can_digest(local.kind, connection.digest) else "none"
+        check = _Verification(
+            mode, run, local, local_pages[outcome.blocks :], pool=self._verifiers, digest=connection.digest
+        )
         request = ReadRequest(
             run["page"].copy(), run["generation"].copy(), local, local_pages[outcome.blocks : outcome.blocks + len(run)]
         )
         try:
             report = connection.read(request, deadline=deadline, on_group=check.on_group)
+        except TransportUnavailableError as error:  # the card of these local pages does not reach the owner's
+            outcome.reason, outcome.detail = MissReason.UNREACHABLE, f"{owner}: {error}"
+            return 0
         except (PeerGoneError, TransferError) as error:
             check.wait()
             self._transports.forget(owner)
@@ -254,10 +265,20 @@ class _Verification:
     """Compares page digests on another thread while the next group is being read."""
 
     def __init__(
-        self, mode: str, run: BlockRecords, local: PagedMemory, local_pages: np.ndarray, pool: ThreadPoolExecutor
+        self,
+        mode: str,
+        run: BlockRecords,
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        *,
+        pool: ThreadPoolExecutor,
+        digest: str,
     ) -> None:
-        self._run, self._local, self._local_pages, self._pool = run, local, local_pages, pool
+        self._run, self._local, self._local_pages = run, local, local_pages
+        self._pool, self._digest = pool, digest
         self._wanted = run["digest"] != _NO_DIGEST
+        if mode == "auto":
+            mode = "sampled" if local.kind == "cuda" else "full"
         if mode == "none":
             self._wanted[:] = False
         elif mode == "sampled":
@@ -275,8 +296,12 @@ class _Verification:
             self._futures.append(self._pool.submit(self._mismatches, chosen))
 
     def _mismatches(self, indices: list[int]) -> list[int]:
-        digests = self._run["digest"]
-        return [i for i in indices if page_digest(self._local, int(self._local_pages[i])) != digests[i].tobytes()]
+        announced = self._run["digest"]
+        try:
+            found = page_digests(self._local, self._local_pages[indices], self._digest)
+        except TransferError:
+            return indices  # the card failed: what cannot be compared is not proven
+        return [i for i, digest in zip(indices, found, strict=True) if digest != announced[i].tobytes()]
 
     def wait(self) -> dict[int, MissReason]:
         """Return the pages whose bytes are not those announced."""

@@ -15,6 +15,7 @@ import numpy as np
 from kvmarket.arena_publish import ArenaPublisher
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
+from kvmarket.cuda import is_cuda, packed_cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.fetch import Outcome
@@ -46,7 +47,7 @@ class FetchResult:
     """What `Marketplace.fetch` returns.
 
     Attributes:
-        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it.
+        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it, of cupy for a GPU.
         report: what happened.
     """
 
@@ -232,8 +233,9 @@ class Marketplace:
 
         Args:
             tokens: (n,) token ids.
-            out: where to put the pages, a writable array or CPU tensor of at least one page per full block (see
-                `kvmarket.tensors.as_pages`); default: a buffer from a pool, which is reused when the result is gone.
+            out: where to put the pages, a writable array or tensor of at least one page per full block, on the host
+                (see `kvmarket.tensors.as_pages`) or on a GPU (see `kvmarket.cuda.packed_cuda_pages`); default: a host
+                buffer from a pool, which is reused when the result is gone. Blocks on a GPU are fetched to a GPU.
             extra_keys: as for `publish`.
             deadline_s: seconds; default `MarketConfig.fetch_deadline_s`. When it passes, what is proven is the hit.
 
@@ -249,24 +251,29 @@ class Marketplace:
         began = time.perf_counter()
         count = len(token_array(tokens))
         keys = block_keys(self._hash(tokens, extra_keys))
-        target = None if out is None else as_pages(out, self._spec, writable=True, what="out")
-        if target is not None and len(target) < len(keys):
-            raise InvalidInputError(f"out has {len(target)} blocks for {len(keys)} full blocks of tokens")
+        local = None if out is None else self._local(out)
+        if local is not None and local.layout.num_pages < len(keys):
+            raise InvalidInputError(f"out has {local.layout.num_pages} blocks for {len(keys)} full blocks of tokens")
         deadline = Deadline(self._config.fetch_deadline_s if deadline_s is None else deadline_s)
         hashed = time.perf_counter()
         found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
         outcome = Outcome(reason=reason, detail=detail)
-        if target is None:
-            target = self._staging.pages(found.blocks, self._spec.page_bytes)
+        if local is None:
+            local = PagedMemory.packed(self._staging.pages(found.blocks, self._spec.page_bytes))
         if found.blocks:
-            outcome = await self._read(found, target, deadline)
+            outcome = await self._read(found, local, deadline)
             if outcome.reason is MissReason.NONE:
                 outcome.reason, outcome.detail = reason, detail
         stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
         stages["total"] = time.perf_counter() - began
         report = self._report(count, len(keys), found, outcome, stages)
-        return FetchResult(target[: outcome.blocks], report)
+        return FetchResult(local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks], report)
+
+    def _local(self, out: Any) -> PagedMemory:
+        if is_cuda(out):
+            return packed_cuda_pages(out, self._spec, what="out")
+        return PagedMemory.packed(as_pages(out, self._spec, writable=True, what="out"))
 
     async def _lookup(self, keys: list[bytes], deadline: Deadline) -> tuple[LookupResult, MissReason, str]:
         self._require_open()
@@ -281,8 +288,8 @@ class Marketplace:
         except DeadlineExceededError as error:
             return nothing, MissReason.DEADLINE, str(error)
 
-    async def _read(self, found: LookupResult, target: np.ndarray, deadline: Deadline) -> Outcome:
-        local, pages = PagedMemory.packed(target), np.arange(found.blocks)
+    async def _read(self, found: LookupResult, local: PagedMemory, deadline: Deadline) -> Outcome:
+        pages = np.arange(found.blocks)
         fetcher = self._core.fetcher
         if found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
             return fetcher.read(found, local, pages, deadline)

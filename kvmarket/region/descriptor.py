@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError, RegistryProtocolError
+from kvmarket.region.cuda import HANDLE_BYTES, UUID_BYTES, CudaAddress
 from kvmarket.region.generations import PROBE_BYTES
 from kvmarket.region.memory import MemoryAddress
 from kvmarket.region.pages import PageLayout, Segment
@@ -28,6 +29,9 @@ class RegionDescriptor:
         memories: shared memories, empty when only the owner's process can read the region.
         generations: the generation table.
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
+        kind: what holds the pages: ``host`` or ``cuda``.
+        cuda: where CUDA memory is: a place that holds `probe`, and then the memories; empty when it is private.
+        digest: algorithm of the digests in this region's records.
     """
 
     region_id: int
@@ -36,10 +40,13 @@ class RegionDescriptor:
     memories: tuple[MemoryAddress, ...]
     generations: MemoryAddress
     probe: bytes
+    kind: str = "host"
+    cuda: tuple[CudaAddress, ...] = ()
+    digest: str = "xxh3_128"
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
-        return {
+        wire: dict[str, Any] = {
             "region": self.region_id,
             "spec": self.fingerprint,
             "layout": self.layout.as_list(),
@@ -47,6 +54,9 @@ class RegionDescriptor:
             "generations": self.generations.as_list(),
             "probe": self.probe,
         }
+        if self.kind != "host":
+            wire |= {"kind": self.kind, "cuda": [address.as_list() for address in self.cuda], "digest": self.digest}
+        return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RegionDescriptor:
@@ -57,11 +67,10 @@ class RegionDescriptor:
         """
         try:
             num_pages, segments = wire["layout"]
-            memories = wire["memories"]
-            if len(segments) > SEGMENTS_MAX or len(memories) > MEMORIES_MAX:
-                raise RegistryProtocolError(
-                    f"a region of {len(segments)} segments in {len(memories)} memories is too large"
-                )
+            memories, cuda = wire["memories"], wire.get("cuda", ())
+            count = max(len(memories), len(cuda))
+            if len(segments) > SEGMENTS_MAX or count > MEMORIES_MAX:
+                raise RegistryProtocolError(f"a region of {len(segments)} segments in {count} memories is too large")
             layout = PageLayout(_integer(num_pages), tuple(Segment(*map(_integer, item)) for item in segments))
             descriptor = cls(
                 region_id=_integer(wire["region"]),
@@ -70,11 +79,16 @@ class RegionDescriptor:
                 memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
+                kind=_text(wire.get("kind", "host")),
+                cuda=tuple(_cuda_address(*item) for item in cuda),
+                digest=_text(wire.get("digest", "xxh3_128")),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
                 raise ValueError("a memory without bytes")  # noqa: TRY301 - one translation for every malformed field
             if memories:
                 layout.check([memory.nbytes for memory in descriptor.memories])
+            if cuda:
+                layout.check([memory.nbytes for memory in descriptor.cuda[1:]])
         except (KeyError, TypeError, ValueError, InvalidInputError) as error:
             raise RegistryProtocolError(f"a region descriptor cannot be read: {error!r}") from error
         return descriptor
@@ -90,3 +104,13 @@ def _data(value: object, length: int) -> bytes:
     if not isinstance(value, bytes) or len(value) != length:
         raise ValueError(f"expected {length} bytes")
     return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _cuda_address(device: object, handle: object, *numbers: object) -> CudaAddress:
+    return CudaAddress(_data(device, UUID_BYTES), _data(handle, HANDLE_BYTES), *map(_integer, numbers))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -61,6 +61,11 @@ class PageLayout:
             if segment.offset < 0 or segment.nbytes < 1 or segment.stride < 0 or end > memory_sizes[segment.memory]:
                 raise InvalidInputError(f"segment {number} reaches outside its memory")
 
+    def check_pages(self, pages: np.ndarray) -> None:
+        """Raise `InvalidInputError` unless this layout has every one of `pages`."""
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self.num_pages:
+            raise InvalidInputError(f"page number outside [0, {self.num_pages})")
+
     def as_list(self) -> list[object]:
         """The wire form."""
         return [self.num_pages, [[s.memory, s.offset, s.stride, s.nbytes] for s in self.segments]]
@@ -71,12 +76,17 @@ class PageLayout:
         return cls(num_pages, (Segment(0, 0, page_bytes, page_bytes),))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PagedMemory:
-    """A page layout over mapped memory: `memories` are flat uint8 arrays."""
+    """A page layout over mapped memory: `memories` are flat uint8 arrays.
+
+    Attributes:
+        kind: what holds them: ``host`` here, ``cuda`` in `kvmarket.region.cuda.CudaPagedMemory`.
+    """
 
     layout: PageLayout
     memories: tuple[np.ndarray, ...]
+    kind: ClassVar[str] = "host"
 
     @classmethod
     def packed(cls, array: np.ndarray) -> PagedMemory:
@@ -92,23 +102,25 @@ class PagedMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
+    """A run of bytes that is contiguous in every page on both sides."""
+
     source: Segment
     target: Segment
 
 
 @lru_cache(maxsize=64)
-def _copy_plan(source: PageLayout, target: PageLayout) -> tuple[_Piece, ...]:
+def copy_plan(source: PageLayout, target: PageLayout) -> tuple[Piece, ...]:
     """Cut two layouts of one page size into runs that are contiguous on both sides."""
     if source.page_bytes != target.page_bytes:
         raise InvalidInputError(f"pages of {source.page_bytes} and {target.page_bytes} bytes cannot be copied")
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     left, right = list(source.segments), list(target.segments)
     while left:
         a, b = left.pop(0), right.pop(0)
         nbytes = min(a.nbytes, b.nbytes)
         pieces.append(
-            _Piece(Segment(a.memory, a.offset, a.stride, nbytes), Segment(b.memory, b.offset, b.stride, nbytes))
+            Piece(Segment(a.memory, a.offset, a.stride, nbytes), Segment(b.memory, b.offset, b.stride, nbytes))
         )
         if a.nbytes > nbytes:
             left.insert(0, Segment(a.memory, a.offset + nbytes, a.stride, a.nbytes - nbytes))
@@ -170,7 +182,7 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
     _check_range(target_pages, target.layout.num_pages)
     gather, scatter = _consecutive(target_pages), _consecutive(source_pages)
     first, to, count = int(source_pages[0]), int(target_pages[0]), len(source_pages)
-    for piece in _copy_plan(source.layout, target.layout):
+    for piece in copy_plan(source.layout, target.layout):
         packed = piece.source.stride == piece.source.nbytes and piece.target.stride == piece.target.nbytes
         if gather and scatter:
             _rows(target, piece.target)[to : to + count] = _rows(source, piece.source)[first : first + count]
@@ -185,7 +197,7 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
 
 
 def _copy_piece(
-    source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray, piece: _Piece
+    source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray, piece: Piece
 ) -> None:
     """Copy one piece of pages that are scattered on both sides (or not packed).
 

@@ -65,6 +65,10 @@ class Connection(ABC):
     scheme: str
     path: str
     """How the bytes really travel, for reports."""
+    fills: frozenset[str] = frozenset({"host"})
+    """Kinds of local memory that it can read into."""
+    digest: str = "xxh3_128"
+    """Algorithm of the digests in the region's records."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:

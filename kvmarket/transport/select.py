@@ -56,11 +56,19 @@ class TransportSelector:
     def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
         reasons: list[str] = []
         for transport in self._transports:
+            if descriptor.kind not in transport.capabilities.memory:
+                reasons.append(f"{transport.scheme}: does not read {descriptor.kind} memory")
+                continue
             try:
                 return transport.connect(owner, descriptor)
             except TransportUnavailableError as error:
                 reasons.append(f"{transport.scheme}: {error}")
         raise TransportUnavailableError("; ".join(reasons), scheme="+".join(self.schemes), peer=str(owner))
+
+    @property
+    def transports(self) -> tuple[Transport, ...]:
+        """The backends in order of preference."""
+        return self._transports
 
     @property
     def schemes(self) -> tuple[str, ...]:

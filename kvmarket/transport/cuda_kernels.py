@@ -1,0 +1,197 @@
+"""The two kernels of the CUDA transport, and the tables that tell them what to do.
+
+`copy_pages` moves any number of pages between any two layouts in one launch: a warp takes one slice of one page, at most
+`SLICE_BYTES` that are contiguous on both sides. `sum_pages` adds up digests (`kvmarket.digest.sum128`) the same way.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmarket.digest import GOLDEN, MIX_1, MIX_2, WEIGHT, WORD_BYTES
+from kvmarket.region.pages import copy_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.region.pages import PageLayout
+
+VECTORS_IN_FLIGHT = 8
+SLICE_BYTES = 32 * 16 * VECTORS_IN_FLIGHT
+"""A warp has all of a full slice in flight before it stores any of it: 32 lanes x 16 bytes x `VECTORS_IN_FLIGHT`."""
+BLOCK_THREADS = 128
+
+SLICE = np.dtype(
+    [("source", "u8"), ("target", "u8"), ("source_stride", "u8"), ("target_stride", "u8"), ("nbytes", "u4"), ("width", "u4")]
+)
+"""A row of the copy table: addresses of the slice in page 0, bytes from page to page, and the widest access in bytes."""
+SPAN = np.dtype([("base", "u8"), ("stride", "u8"), ("word", "u4"), ("words", "u4")])
+"""A row of the digest table: where the words of a span are in page 0, and the number of the first one in its page."""
+
+SOURCE = f"""
+struct Slice {{
+    unsigned long long source, target, source_stride, target_stride;
+    unsigned int nbytes, width;
+}};
+
+template <typename T>
+__device__ __forceinline__ void copy_all(const char* from, char* to, unsigned int nbytes, unsigned int lane) {{
+    const unsigned int count = nbytes / sizeof(T);
+    #pragma unroll 4
+    for (unsigned int i = lane; i < count; i += 32)
+        reinterpret_cast<T*>(to)[i] = __ldcg(reinterpret_cast<const T*>(from) + i);
+}}
+
+// Loads go past the first-level cache (ldcg): the owner may be writing, and only the second level is shared with it.
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_pages(
+        const Slice* __restrict__ slices, unsigned int num_slices, const ulonglong2* __restrict__ pages,
+        unsigned int num_warps) {{
+    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) >> 5, lane = threadIdx.x & 31u;
+    if (warp >= num_warps) return;
+    const unsigned int number = warp / num_slices;
+    const Slice slice = slices[warp - number * num_slices];
+    const ulonglong2 page = pages[number];
+    const char* from = reinterpret_cast<const char*>(slice.source + page.x * slice.source_stride);
+    char* to = reinterpret_cast<char*>(slice.target + page.y * slice.target_stride);
+    if (slice.nbytes == {SLICE_BYTES}u && slice.width == 16u) {{
+        const uint4* source = reinterpret_cast<const uint4*>(from) + lane;
+        uint4* target = reinterpret_cast<uint4*>(to) + lane;
+        uint4 held[{VECTORS_IN_FLIGHT}];
+        #pragma unroll
+        for (int i = 0; i < {VECTORS_IN_FLIGHT}; ++i) held[i] = __ldcg(source + i * 32);
+        #pragma unroll
+        for (int i = 0; i < {VECTORS_IN_FLIGHT}; ++i) __stcs(target + i * 32, held[i]);
+    }} else if (slice.width == 16u) {{
+        copy_all<uint4>(from, to, slice.nbytes, lane);
+    }} else if (slice.width == 4u) {{
+        copy_all<unsigned int>(from, to, slice.nbytes, lane);
+    }} else {{
+        copy_all<char>(from, to, slice.nbytes, lane);
+    }}
+}}
+
+struct Span {{
+    unsigned long long base, stride;
+    unsigned int word, words;
+}};
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
+        const Span* __restrict__ spans, unsigned int num_spans, const unsigned long long* __restrict__ pages,
+        unsigned int num_warps, unsigned long long* __restrict__ sums) {{
+    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) >> 5, lane = threadIdx.x & 31u;
+    if (warp >= num_warps) return;
+    const unsigned int number = warp / num_spans;
+    const Span span = spans[warp - number * num_spans];
+    const unsigned long long* words =
+        reinterpret_cast<const unsigned long long*>(span.base + pages[number] * span.stride);
+    unsigned long long a = 0, b = 0;
+    #pragma unroll 8
+    for (unsigned int i = lane; i < span.words; i += 32) {{
+        const unsigned long long index = span.word + i;
+        unsigned long long mixed = __ldcg(words + i) ^ (index + 1ull) * {GOLDEN}ull;
+        mixed = (mixed ^ mixed >> 33) * {MIX_1}ull;
+        mixed = (mixed ^ mixed >> 33) * {MIX_2}ull;
+        mixed ^= mixed >> 33;
+        a += mixed;
+        b += mixed * (index * {WEIGHT}ull | 1ull);
+    }}
+    #pragma unroll
+    for (int step = 16; step; step >>= 1) {{
+        a += __shfl_down_sync(~0u, a, step);
+        b += __shfl_down_sync(~0u, b, step);
+    }}
+    if (lane == 0) {{
+        atomicAdd(sums + 2 * number, a);
+        atomicAdd(sums + 2 * number + 1, b);
+    }}
+}}
+"""
+
+
+def alignment(bases: Sequence[int]) -> int:
+    """Return the widest access, 16, 8, 4 or 1 bytes, that suits every address."""
+    return next(width for width in (16, 8, 4, 1) if not any(base % width for base in bases))
+
+
+def copy_table(
+    source: PageLayout, source_bases: Sequence[int], target: PageLayout, target_bases: Sequence[int]
+) -> np.ndarray:
+    """Cut the copy of one page into slices.
+
+    Args:
+        source: layout of the pages to read.
+        source_bases: address of each of its memories.
+        target: layout of the pages to write; page size as `source`.
+        target_bases: address of each of its memories.
+
+    Returns:
+        (slices,) of `SLICE`.
+    """
+    relative, source_memory, target_memory = _slices(source, target, alignment((*source_bases, *target_bases)))
+    table = relative.copy()
+    table["source"] += np.array(source_bases, np.uint64)[source_memory]
+    table["target"] += np.array(target_bases, np.uint64)[target_memory]
+    return table
+
+
+@lru_cache(maxsize=64)
+def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the table for memories at address 0, and the memory numbers of each slice, source and target."""
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    memories: list[tuple[int, int]] = []
+    for piece in copy_plan(source, target):
+        a, b = piece.source, piece.target
+        steps = (aligned, a.offset, b.offset, a.stride, b.stride)
+        width = next(w for w in (16, 4, 1) if not any(step % w for step in steps))
+        for at, nbytes in _cuts(a.nbytes, width):
+            # what is left of a piece after whole vectors is narrower than a vector
+            narrowed = width if nbytes % width == 0 else 1
+            rows.append((a.offset + at, b.offset + at, a.stride, b.stride, nbytes, narrowed))
+            memories.append((a.memory, b.memory))
+    source_memory, target_memory = np.array(memories).T
+    return np.array(rows, SLICE), source_memory, target_memory
+
+
+def _cuts(nbytes: int, width: int) -> list[tuple[int, int]]:
+    """Cut a piece into (offset, length) of at most `SLICE_BYTES`, each a multiple of `width` but for a short last one."""
+    whole = nbytes - nbytes % width
+    cuts = [(at, min(SLICE_BYTES, whole - at)) for at in range(0, whole, SLICE_BYTES)]
+    return cuts if whole == nbytes else [*cuts, (whole, nbytes - whole)]
+
+
+def digest_table(layout: PageLayout, bases: Sequence[int]) -> np.ndarray | None:
+    """Cut the digest of one page into spans of at most `SLICE_BYTES`.
+
+    Returns:
+        (spans,) of `SPAN`, or None when some word of a page is not an aligned 8-byte word of one segment: such pages are
+        copied to a packed place first.
+    """
+    if alignment(bases) < WORD_BYTES:
+        return None
+    found = _spans(layout)
+    if found is None:
+        return None
+    relative, memory = found
+    table = relative.copy()
+    table["base"] += np.array(bases, np.uint64)[memory]
+    return table
+
+
+@lru_cache(maxsize=64)
+def _spans(layout: PageLayout) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the table for memories at address 0, and the memory number of each span."""
+    rows: list[tuple[int, int, int, int]] = []
+    memories: list[int] = []
+    position = 0
+    for segment in layout.segments:
+        if any(x % WORD_BYTES for x in (segment.offset, segment.stride, segment.nbytes)):
+            return None
+        for at in range(0, segment.nbytes, SLICE_BYTES):
+            words = min(SLICE_BYTES, segment.nbytes - at) // WORD_BYTES
+            rows.append((segment.offset + at, segment.stride, (position + at) // WORD_BYTES, words))
+            memories.append(segment.memory)
+        position += segment.nbytes
+    return np.array(rows, SPAN), np.array(memories)
