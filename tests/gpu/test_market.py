@@ -1,0 +1,196 @@
+"""Publishing and fetching between processes on a card: through the registry, with torch's tensors, in place."""
+
+import time
+
+import jobs
+import numpy as np
+import pytest
+
+from kvmarket.config import MarketConfig
+from kvmarket.core import MarketCore
+from kvmarket.cuda import cuda_pages
+from kvmarket.deadline import Deadline
+from kvmarket.errors import InvalidInputError
+from kvmarket.report import MissReason
+
+PAGES = 40
+
+
+@pytest.fixture
+def publisher(peers, runtime_dir):
+    peer = peers.spawn()
+    peer.call(jobs.open_core, str(runtime_dir))
+    peer.call(jobs.lend, PAGES, 1, timeout_s=60)
+    return peer
+
+
+@pytest.fixture
+def reader(runtime_dir):
+    cores = []
+
+    def make(**settings):
+        config = MarketConfig(runtime_dir=str(runtime_dir), registry_bytes=16 << 20, **settings)
+        cores.append(MarketCore(jobs.namespace(), config))
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.close()
+
+
+def fetch(core, torch, count, salt=b"", local_pages=None):
+    tensors = [torch.zeros((2, PAGES, jobs.TOKENS, jobs.HEADS, jobs.WIDTH), dtype=torch.float16, device="cuda")
+               for _ in range(jobs.LAYERS)]
+    torch.cuda.synchronize()
+    found, reason, detail = core.fetcher.lookup(jobs.keys_of(count, salt))
+    local = cuda_pages(jobs.engine_layout(PAGES), tensors)
+    pages = np.arange(found.blocks) if local_pages is None else local_pages[: found.blocks]
+    outcome = core.fetcher.read(found, local, pages, Deadline(20))
+    return tensors, outcome, (reason, detail)
+
+
+@pytest.mark.parametrize("transport", ["auto", "cuda_ipc"])
+def test_blocks_of_torch_tensors_are_fetched_in_place(publisher, reader, torch, transport):
+    pages = np.random.default_rng(0).permutation(PAGES)
+    publisher.call(jobs.offer, pages.tolist())
+    core = reader(transport=transport)
+    tensors, outcome, _ = fetch(core, torch, PAGES)
+    assert (outcome.blocks, outcome.reason, outcome.detail) == (PAGES, MissReason.NONE, "")
+    expected = jobs.engine_tensors(torch, PAGES, 1)
+    order = torch.tensor(pages, device="cuda")
+    for found, wanted in zip(tensors, expected, strict=True):
+        assert torch.equal(found, wanted[:, order])
+    assert outcome.transfers[0].transport == "cuda_ipc"
+    assert outcome.transfers[0].path == "kernel(cuda_ipc)"
+    assert outcome.blocks_verified in {2, 3}, "one page in 16"
+
+
+def test_every_page_is_verified_when_asked(publisher, reader, torch):
+    publisher.call(jobs.offer, list(range(PAGES)))
+    _, outcome, _ = fetch(reader(verify="full"), torch, PAGES)
+    assert (outcome.blocks, outcome.blocks_verified) == (PAGES, PAGES)
+
+
+def test_bytes_changed_behind_the_owners_back_are_refused(publisher, reader, torch):
+    publisher.call(jobs.offer, list(range(PAGES)))
+    publisher.call(jobs.scribble, 5)
+    _, outcome, _ = fetch(reader(verify="full"), torch, PAGES)
+    assert (outcome.blocks, outcome.reason) == (5, MissReason.DIGEST_MISMATCH)
+
+
+def test_pages_are_readable_only_behind_their_kernels(publisher, reader, torch):
+    pages = [3, 1, 4]
+    ended = publisher.call(jobs.publish_behind_a_long_kernel, pages, 2_000_000_000)
+    assert not ended, "the kernel was over at once: the test shows nothing"
+    core = reader()
+    _, outcome, _ = fetch(core, torch, 3, b"late")
+    generations = publisher.call(jobs.generations)
+    assert not publisher.call(jobs.stream_ended), "too slow to show anything"
+    assert outcome.blocks == 0
+    assert all(generations[pages] % 2 == 1)
+    publisher.call(jobs.flush, timeout_s=40)
+    assert publisher.call(jobs.stream_ended)
+    tensors, outcome, _ = fetch(core, torch, 3, b"late")
+    assert outcome.blocks == 3
+    assert all(bool((tensor[:, :3] == 7).all()) for tensor in tensors)
+
+
+def test_pages_retracted_before_their_kernel_ended_stay_unreadable(publisher, reader, torch):
+    publisher.call(jobs.publish_behind_a_long_kernel, [3, 1, 4], 1_000_000_000)
+    publisher.call(jobs.retract, [1])
+    publisher.call(jobs.flush, timeout_s=40)
+    generations = publisher.call(jobs.generations)
+    assert (generations[[3, 1, 4]] % 2).tolist() == [0, 1, 0]
+    _, outcome, _ = fetch(reader(), torch, 3, b"late")
+    assert outcome.blocks == 1
+
+
+def test_the_owner_may_die_at_any_moment(publisher, reader, torch):
+    publisher.call(jobs.offer, list(range(PAGES)))
+    core = reader()
+    expected = jobs.engine_tensors(torch, PAGES, 1)
+    blocks = []
+    for number in range(30):
+        if number == 10:
+            publisher.kill()
+        tensors, outcome, _ = fetch(core, torch, PAGES)
+        blocks.append(outcome.blocks)
+        for found, wanted in zip(tensors, expected, strict=True):
+            assert torch.equal(found[:, : outcome.blocks], wanted[:, : outcome.blocks])
+    assert blocks[:10] == [PAGES] * 10
+    assert blocks[10:] == [0] * 20
+    assert bool((torch.ones(1000, device="cuda") == 1).all()), "this process's card still works"
+
+
+def test_a_host_target_is_a_miss_that_says_why(publisher, reader):
+    from kvmarket.region.pages import PagedMemory
+
+    publisher.call(jobs.offer, [0, 1])
+    core = reader()
+    found, _, _ = core.fetcher.lookup(jobs.keys_of(2))
+    local = PagedMemory.packed(np.zeros((2, jobs.SPEC.page_bytes), np.uint8))
+    outcome = core.fetcher.read(found, local, np.arange(2), Deadline(5))
+    assert (outcome.blocks, outcome.reason) == (0, MissReason.UNREACHABLE)
+    assert "cuda" in outcome.detail
+
+
+def test_cuda_memory_is_not_lent_over_shared_memory(reader, torch):
+    core = reader(transport="shm")
+    tensors = jobs.engine_tensors(torch, 4, 1)
+    with pytest.raises(InvalidInputError, match="KVMARKET_TRANSPORT"):
+        core.lend(cuda_pages(jobs.engine_layout(4), tensors))
+
+
+def test_two_markets_of_one_process_share_without_a_handle(reader, torch):
+    owner, core = reader(), reader()
+    tensors = jobs.engine_tensors(torch, PAGES, 2)
+    publisher = owner.publisher(owner.lend(cuda_pages(jobs.engine_layout(PAGES), tensors)))
+    publisher.offer(jobs.keys_of(PAGES), list(range(PAGES)), after=torch.cuda.current_stream())
+    publisher.flush(Deadline(20))
+    found, outcome, _ = fetch(core, torch, PAGES)
+    assert outcome.blocks == PAGES
+    assert outcome.transfers[0].path == "kernel(same process)"
+    assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
+
+
+@pytest.mark.timeout(240)
+def test_pages_overwritten_while_they_are_read_are_never_adopted_torn(peers, runtime_dir, torch, request, capsys):
+    """For `--stress-s` seconds, with generations alone: no digest helps."""
+    seconds = request.config.getoption("--stress-s")
+    writer = peers.spawn()
+    writer.start(jobs.overwrite, str(runtime_dir), seconds)
+    spec = jobs.stress_spec()
+    config = MarketConfig(runtime_dir=str(runtime_dir), registry_bytes=16 << 20, verify="none")
+    core = MarketCore(jobs.namespace(spec), config)
+    keys, rng = jobs.keys_of(jobs.STRESS_PAGES), np.random.default_rng(2)
+    out = torch.zeros((jobs.STRESS_PAGES, jobs.STRESS_WORDS), dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    local = cuda_pages(jobs.PageLayout.packed(jobs.STRESS_PAGES, spec.page_bytes), [out])
+    adopted = wrong = mixed = fetches = 0
+    end = time.monotonic() + seconds + 10
+    while time.monotonic() < end and (fetches < 200 or writer_runs(end, seconds)):
+        chosen = rng.permutation(jobs.STRESS_PAGES)[: int(rng.integers(1, jobs.STRESS_PAGES + 1))]
+        found, _, _ = core.fetcher.lookup([keys[page] for page in chosen])
+        outcome = core.fetcher.read(found, local, np.arange(found.blocks), Deadline(5))
+        fetches += 1
+        low, high = out.amin(1), out.amax(1)
+        uniform, first = (low == high).cpu().numpy(), low.cpu().numpy()
+        good = np.arange(outcome.blocks)
+        wrong += int((~uniform[good]).sum() + (first[good] >> 16 != chosen[good]).sum())
+        mixed += int((~uniform[outcome.blocks : found.blocks]).sum())
+        adopted += outcome.blocks
+    versions = writer.result(timeout_s=60)
+    refused = core.metrics.snapshot()
+    core.close()
+    torn = refused.get("blocks_refused{reason=torn}", 0)
+    stale = refused.get("blocks_refused{reason=stale_generation}", 0)
+    with capsys.disabled():
+        print(f"\nstress: {seconds:.0f} s, {versions} rewrites, {fetches} fetches, {adopted} pages adopted, {wrong} of "
+              f"them wrong, {torn:.0f} torn and {stale:.0f} stale refused, {mixed} refused pages held mixed bytes")
+    assert wrong == 0
+    assert adopted > 1000
+    assert torn > 0
+
+
+def writer_runs(end, seconds):
+    return time.monotonic() < end - 10
