@@ -55,7 +55,7 @@ class RegionDescriptor:
             "probe": self.probe,
         }
         if self.kind != "host":
-            wire |= {"kind": self.kind, "cuda": [address.as_list() for address in self.cuda], "digest": self.digest}
+            wire |= {"memory_kind": self.kind, "cuda": [address.as_list() for address in self.cuda], "digest": self.digest}
         return wire
 
     @classmethod
@@ -79,7 +79,7 @@ class RegionDescriptor:
                 memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
-                kind=_text(wire.get("kind", "host")),
+                kind=_text(wire.get("memory_kind", "host")),
                 cuda=tuple(_cuda_address(*item) for item in cuda),
                 digest=_text(wire.get("digest", "xxh3_128")),
             )

@@ -28,7 +28,7 @@ from kvmarket.transport.cuda_driver import CudaDriver, CudaDriverError
 from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SOURCE, copy_table, digest_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 TABLES_MAX = 256
 """Copy tables kept on the cards."""
@@ -255,6 +255,21 @@ class CupyCuda(CudaApi):
             except self._runtime.CUDARuntimeError as error:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=_SCHEME) from error
         return _Transfer(lane, self._idle[device], source, target)
+
+    def launcher(
+        self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
+    ) -> Callable[[], None]:
+        """Return a function that launches the kernel of `copy` on cupy's current stream and nothing else, to time it."""
+        lane = _Lane(self.cupy)
+        table, rows = self._table(source, target, lane)
+        lane.load(np.stack([source_pages, target_pages], axis=1).astype(np.uint64))
+        lane.stream.synchronize()
+        warps = rows * len(source_pages)
+
+        def launch() -> None:
+            self._copy(*_grid(warps), (table, np.uint32(rows), np.uint64(lane.device.ptr), np.uint32(warps)))
+
+        return launch
 
     def _lane(self, device: int) -> _Lane:
         try:

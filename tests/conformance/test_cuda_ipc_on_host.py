@@ -93,7 +93,7 @@ def test_descriptors_travel_and_older_ones_are_host_memory():
     wire = descriptor.to_wire()
     assert RegionDescriptor.from_wire(wire) == descriptor
     assert (descriptor.kind, descriptor.digest, len(descriptor.cuda)) == ("cuda", "sum128", 2)
-    older = {key: value for key, value in wire.items() if key not in {"kind", "cuda", "digest"}}
+    older = {key: value for key, value in wire.items() if key not in {"memory_kind", "cuda", "digest"}}
     decoded = RegionDescriptor.from_wire(older)
     assert (decoded.kind, decoded.cuda, decoded.digest) == ("host", (), "xxh3_128")
     owner.close()

@@ -2,7 +2,7 @@
 
 import time
 
-import jobs
+import gpu_jobs as jobs
 import numpy as np
 import pytest
 
@@ -167,8 +167,8 @@ def test_pages_overwritten_while_they_are_read_are_never_adopted_torn(peers, run
     torch.cuda.synchronize()
     local = cuda_pages(jobs.PageLayout.packed(jobs.STRESS_PAGES, spec.page_bytes), [out])
     adopted = wrong = mixed = fetches = 0
-    end = time.monotonic() + seconds + 10
-    while time.monotonic() < end and (fetches < 200 or writer_runs(end, seconds)):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or (not adopted and time.monotonic() < end + 20):
         chosen = rng.permutation(jobs.STRESS_PAGES)[: int(rng.integers(1, jobs.STRESS_PAGES + 1))]
         found, _, _ = core.fetcher.lookup([keys[page] for page in chosen])
         outcome = core.fetcher.read(found, local, np.arange(found.blocks), Deadline(5))
@@ -191,6 +191,3 @@ def test_pages_overwritten_while_they_are_read_are_never_adopted_torn(peers, run
     assert adopted > 1000
     assert torn > 0
 
-
-def writer_runs(end, seconds):
-    return time.monotonic() < end - 10
