@@ -285,15 +285,17 @@ class _Verification:
             offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
             self._wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
         self._futures: list[Future[list[int]]] = []
+        self._waiting: list[int] = []
         self.blocks = 0
         """Pages compared."""
 
     def on_group(self, indices: np.ndarray) -> None:
-        """Verify pages that have just arrived."""
+        """Verify pages that have just arrived: on another thread if more pages arrive, else in `wait`."""
         chosen = indices[self._wanted[indices]].tolist()
-        if chosen:
-            self.blocks += len(chosen)
-            self._futures.append(self._pool.submit(self._mismatches, chosen))
+        if self._waiting:
+            self._futures.append(self._pool.submit(self._mismatches, self._waiting))
+        self.blocks += len(chosen)
+        self._waiting = chosen
 
     def _mismatches(self, indices: list[int]) -> list[int]:
         announced = self._run["digest"]
@@ -305,4 +307,7 @@ class _Verification:
 
     def wait(self) -> dict[int, MissReason]:
         """Return the pages whose bytes are not those announced."""
-        return {i: MissReason.DIGEST_MISMATCH for future in self._futures for i in future.result()}
+        wrong = list(self._mismatches(self._waiting)) if self._waiting else []
+        for future in self._futures:
+            wrong += future.result()
+        return dict.fromkeys(wrong, MissReason.DIGEST_MISMATCH)

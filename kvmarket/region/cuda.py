@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvmarket.errors import InvalidInputError
@@ -160,7 +161,12 @@ class CudaPagedMemory(PagedMemory):
             raise InvalidInputError(f"the memories lie on cards {devices}; lend one region per card")
         return cls(layout, tuple(memories), api, after)
 
-    @property
+    @cached_property
     def device(self) -> int:
         """The ordinal of the card."""
         return self.api.device_of(self.memories[0])
+
+    @cached_property
+    def pointers(self) -> tuple[int, ...]:
+        """The address of each memory."""
+        return tuple(self.api.pointer(memory) for memory in self.memories)

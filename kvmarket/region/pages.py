@@ -8,7 +8,7 @@ common path (a packed destination).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -34,7 +34,7 @@ class Segment:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageLayout:
     """The segments of a page, in page order. Hashable, so that copy plans are cached."""
 
@@ -45,7 +45,7 @@ class PageLayout:
         # The generated one would hash every segment of an engine's many on every copy.
         return hash((self.num_pages, len(self.segments), self.segments[:1]))
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of one page."""
         return sum(segment.nbytes for segment in self.segments)

@@ -49,7 +49,7 @@ class AllocationInfo:
 
 
 class CudaDriver:
-    """libcuda. Calls need a current context. Thread-safe."""
+    """libcuda. Calls need a current context, but for `uuid`. Thread-safe."""
 
     def __init__(self, library: str = _LIBRARY) -> None:
         try:
@@ -58,6 +58,14 @@ class CudaDriver:
             raise TransportUnavailableError(
                 f"no CUDA driver on this machine: {error}", scheme="cuda_ipc"
             ) from error
+
+    def uuid(self, device: int) -> bytes:
+        """Return the 16 bytes that name a card in every process. Needs no context."""
+        self._call("cuInit", ctypes.c_uint(0))
+        handle, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+        self._call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self._call("cuDeviceGetUuid_v2", ctypes.byref(uuid), handle)
+        return bytes(uuid)
 
     def allocation(self, pointer: int) -> AllocationInfo:
         """Describe the allocation that holds `pointer`. Raises `CudaDriverError` when it is not device memory."""

@@ -1,7 +1,9 @@
-"""The two kernels of the CUDA transport, and the tables that tell them what to do.
+"""The kernels of the CUDA transport, and the tables that tell them what to do.
 
-`copy_pages` moves any number of pages between any two layouts in one launch: a warp takes one slice of one page, at most
-`SLICE_BYTES` that are contiguous on both sides. `sum_pages` adds up digests (`kvmarket.digest.sum128`) the same way.
+Copies move any number of pages between any two layouts in one launch. `copy_wide` is for pages made of whole slices of
+`WIDE_BYTES`, 16-byte aligned on both sides, as engines have them: a block of threads takes one slice of one page.
+`copy_any` is for everything else: a warp takes one slice. `sum_pages` adds up digests (`kvmarket.digest.sum128`).
+Neighbouring blocks take the same slice of different pages, which reads faster than slice after slice of one page.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from kvmarket.region.pages import copy_plan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvmarket.region.pages import PageLayout
+    from kvmarket.region.pages import PageLayout, Segment
 
-VECTORS_IN_FLIGHT = 8
-SLICE_BYTES = 32 * 16 * VECTORS_IN_FLIGHT
-"""A warp has all of a full slice in flight before it stores any of it: 32 lanes x 16 bytes x `VECTORS_IN_FLIGHT`."""
-BLOCK_THREADS = 128
+WARP = 32
+BLOCK_THREADS = 256
+WIDE_VECTORS = 2
+WIDE_BYTES = BLOCK_THREADS * 16 * WIDE_VECTORS
+"""Each thread of a block has `WIDE_VECTORS` loads of 16 bytes in flight before it stores."""
+SLICE_BYTES = 4096
+"""What a warp takes at most."""
 
 SLICE = np.dtype(
     [("source", "u8"), ("target", "u8"), ("source_stride", "u8"), ("target_stride", "u8"), ("nbytes", "u4"), ("width", "u4")]
@@ -40,37 +45,40 @@ struct Slice {{
 template <typename T>
 __device__ __forceinline__ void copy_all(const char* from, char* to, unsigned int nbytes, unsigned int lane) {{
     const unsigned int count = nbytes / sizeof(T);
-    #pragma unroll 4
-    for (unsigned int i = lane; i < count; i += 32)
+    #pragma unroll 8
+    for (unsigned int i = lane; i < count; i += {WARP}u)
         reinterpret_cast<T*>(to)[i] = __ldcg(reinterpret_cast<const T*>(from) + i);
 }}
 
 // Loads go past the first-level cache (ldcg): the owner may be writing, and only the second level is shared with it.
-extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_pages(
-        const Slice* __restrict__ slices, unsigned int num_slices, const ulonglong2* __restrict__ pages,
-        unsigned int num_warps) {{
-    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) >> 5, lane = threadIdx.x & 31u;
-    if (warp >= num_warps) return;
-    const unsigned int number = warp / num_slices;
-    const Slice slice = slices[warp - number * num_slices];
-    const ulonglong2 page = pages[number];
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups) {{
+    const unsigned int row = blockIdx.x / num_pages;
+    const Slice slice = slices[row];
+    const ulonglong2 page = pages[blockIdx.x - row * num_pages];
+    const uint4* source = reinterpret_cast<const uint4*>(slice.source + page.x * slice.source_stride) + threadIdx.x;
+    uint4* target = reinterpret_cast<uint4*>(slice.target + page.y * slice.target_stride) + threadIdx.x;
+    uint4 held[{WIDE_VECTORS}];
+    #pragma unroll
+    for (int i = 0; i < {WIDE_VECTORS}; ++i) held[i] = __ldcg(source + i * {BLOCK_THREADS});
+    #pragma unroll
+    for (int i = 0; i < {WIDE_VECTORS}; ++i) target[i * {BLOCK_THREADS}] = held[i];
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_any(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups) {{
+    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) / {WARP}u, lane = threadIdx.x % {WARP}u;
+    if (warp >= num_groups) return;
+    const unsigned int row = warp / num_pages;
+    const Slice slice = slices[row];
+    const ulonglong2 page = pages[warp - row * num_pages];
     const char* from = reinterpret_cast<const char*>(slice.source + page.x * slice.source_stride);
     char* to = reinterpret_cast<char*>(slice.target + page.y * slice.target_stride);
-    if (slice.nbytes == {SLICE_BYTES}u && slice.width == 16u) {{
-        const uint4* source = reinterpret_cast<const uint4*>(from) + lane;
-        uint4* target = reinterpret_cast<uint4*>(to) + lane;
-        uint4 held[{VECTORS_IN_FLIGHT}];
-        #pragma unroll
-        for (int i = 0; i < {VECTORS_IN_FLIGHT}; ++i) held[i] = __ldcg(source + i * 32);
-        #pragma unroll
-        for (int i = 0; i < {VECTORS_IN_FLIGHT}; ++i) __stcs(target + i * 32, held[i]);
-    }} else if (slice.width == 16u) {{
-        copy_all<uint4>(from, to, slice.nbytes, lane);
-    }} else if (slice.width == 4u) {{
-        copy_all<unsigned int>(from, to, slice.nbytes, lane);
-    }} else {{
-        copy_all<char>(from, to, slice.nbytes, lane);
-    }}
+    if (slice.width == 16u) copy_all<uint4>(from, to, slice.nbytes, lane);
+    else if (slice.width == 4u) copy_all<unsigned int>(from, to, slice.nbytes, lane);
+    else copy_all<char>(from, to, slice.nbytes, lane);
 }}
 
 struct Span {{
@@ -79,17 +87,17 @@ struct Span {{
 }};
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
-        const Span* __restrict__ spans, unsigned int num_spans, const unsigned long long* __restrict__ pages,
-        unsigned int num_warps, unsigned long long* __restrict__ sums) {{
-    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) >> 5, lane = threadIdx.x & 31u;
-    if (warp >= num_warps) return;
-    const unsigned int number = warp / num_spans;
-    const Span span = spans[warp - number * num_spans];
+        const Span* __restrict__ spans, unsigned int num_pages, const unsigned long long* __restrict__ pages,
+        unsigned int num_groups, unsigned long long* __restrict__ sums) {{
+    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) / {WARP}u, lane = threadIdx.x % {WARP}u;
+    if (warp >= num_groups) return;
+    const unsigned int row = warp / num_pages, number = warp - row * num_pages;
+    const Span span = spans[row];
     const unsigned long long* words =
         reinterpret_cast<const unsigned long long*>(span.base + pages[number] * span.stride);
     unsigned long long a = 0, b = 0;
     #pragma unroll 8
-    for (unsigned int i = lane; i < span.words; i += 32) {{
+    for (unsigned int i = lane; i < span.words; i += {WARP}u) {{
         const unsigned long long index = span.word + i;
         unsigned long long mixed = __ldcg(words + i) ^ (index + 1ull) * {GOLDEN}ull;
         mixed = (mixed ^ mixed >> 33) * {MIX_1}ull;
@@ -118,7 +126,7 @@ def alignment(bases: Sequence[int]) -> int:
 
 def copy_table(
     source: PageLayout, source_bases: Sequence[int], target: PageLayout, target_bases: Sequence[int]
-) -> np.ndarray:
+) -> tuple[np.ndarray, bool]:
     """Cut the copy of one page into slices.
 
     Args:
@@ -128,25 +136,25 @@ def copy_table(
         target_bases: address of each of its memories.
 
     Returns:
-        (slices,) of `SLICE`.
+        (slices,) of `SLICE`, and whether they are for `copy_wide`.
     """
     relative, source_memory, target_memory = _slices(source, target, alignment((*source_bases, *target_bases)))
     table = relative.copy()
     table["source"] += np.array(source_bases, np.uint64)[source_memory]
     table["target"] += np.array(target_bases, np.uint64)[target_memory]
-    return table
+    return table, bool((table["nbytes"] == WIDE_BYTES).all())
 
 
 @lru_cache(maxsize=64)
 def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the table for memories at address 0, and the memory numbers of each slice, source and target."""
+    pieces = [(piece.source, piece.target) for piece in copy_plan(source, target)]
+    widths = [_width(a, b, aligned) for a, b in pieces]
+    wide = all(w == 16 and a.nbytes % WIDE_BYTES == 0 for (a, _), w in zip(pieces, widths, strict=True))
     rows: list[tuple[int, int, int, int, int, int]] = []
     memories: list[tuple[int, int]] = []
-    for piece in copy_plan(source, target):
-        a, b = piece.source, piece.target
-        steps = (aligned, a.offset, b.offset, a.stride, b.stride)
-        width = next(w for w in (16, 4, 1) if not any(step % w for step in steps))
-        for at, nbytes in _cuts(a.nbytes, width):
+    for (a, b), width in zip(pieces, widths, strict=True):
+        for at, nbytes in _cuts(a.nbytes, width, WIDE_BYTES if wide else SLICE_BYTES):
             # what is left of a piece after whole vectors is narrower than a vector
             narrowed = width if nbytes % width == 0 else 1
             rows.append((a.offset + at, b.offset + at, a.stride, b.stride, nbytes, narrowed))
@@ -155,10 +163,15 @@ def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.nd
     return np.array(rows, SLICE), source_memory, target_memory
 
 
-def _cuts(nbytes: int, width: int) -> list[tuple[int, int]]:
-    """Cut a piece into (offset, length) of at most `SLICE_BYTES`, each a multiple of `width` but for a short last one."""
+def _width(source: Segment, target: Segment, aligned: int) -> int:
+    steps = (aligned, source.offset, target.offset, source.stride, target.stride)
+    return next(width for width in (16, 4, 1) if not any(step % width for step in steps))
+
+
+def _cuts(nbytes: int, width: int, most: int) -> list[tuple[int, int]]:
+    """Cut a piece into (offset, length) of at most `most` bytes, each a multiple of `width` but for a short last one."""
     whole = nbytes - nbytes % width
-    cuts = [(at, min(SLICE_BYTES, whole - at)) for at in range(0, whole, SLICE_BYTES)]
+    cuts = [(at, min(most, whole - at)) for at in range(0, whole, most)]
     return cuts if whole == nbytes else [*cuts, (whole, nbytes - whole)]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from kvmarket.errors import (
 from kvmarket.region.cuda import CudaAddress, CudaApi, CudaPagedMemory, CudaTransfer
 from kvmarket.region.pages import PageLayout, Segment
 from kvmarket.transport.cuda_driver import CudaDriver, CudaDriverError
-from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SOURCE, copy_table, digest_table
+from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SOURCE, WARP, copy_table, digest_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,7 +91,10 @@ class _Lane:
                 spent = time.monotonic() - began
                 if spent > STUCK_S:
                     raise TransferError(f"the card did not finish within {STUCK_S:.0f} s", scheme=_SCHEME)
-                time.sleep(0 if spent < SPIN_S else POLL_S)
+                if spent < SPIN_S:
+                    os.sched_yield()  # a sleep of 0 would take some 50 us
+                else:
+                    time.sleep(POLL_S)
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             raise TransferError(f"the card failed: {error}", scheme=_SCHEME) from error
 
@@ -106,6 +111,17 @@ class _Transfer(CudaTransfer):
             self._lane.wait()
             self._idle.append(self._lane)
             self._lane, self._memories = None, ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table on a card, and the kernel that goes by it with `threads` threads for each row and page."""
+
+    memory: Any
+    address: int
+    rows: int
+    kernel: str
+    threads: int
 
 
 class _Mapping:
@@ -125,19 +141,19 @@ class CupyCuda(CudaApi):
         except ImportError as error:
             raise MissingExtraError("cupy", "cuda13") from error
         self.cupy, self._runtime = cupy, cupy.cuda.runtime
+        self._driver = CudaDriver()
         try:
             count = self._runtime.getDeviceCount()
-            uuids = [bytes(self._runtime.getDeviceProperties(device)["uuid"]) for device in range(count)]
-        except self._runtime.CUDARuntimeError as error:
+            # not from cupy's device properties: there a UUID ends at its first zero byte
+            self._uuids = [self._driver.uuid(device) for device in range(count)]
+        except (CudaDriverError, self._runtime.CUDARuntimeError) as error:
             raise TransportUnavailableError(f"no usable card: {error}", scheme=_SCHEME) from error
-        self._uuids = uuids
-        self._driver = CudaDriver()
         module = cupy.RawModule(code=SOURCE, options=("--std=c++17",))
-        self._copy, self._sum = module.get_function("copy_pages"), module.get_function("sum_pages")
+        self._kernels = {name: module.get_function(name) for name in ("copy_wide", "copy_any", "sum_pages")}
         self._lock = threading.Lock()
         self._peers: set[tuple[int, int]] = set()
         self._idle: dict[int, list[_Lane]] = {device: [] for device in range(count)}
-        self._tables: OrderedDict[tuple[Any, ...], tuple[PageLayout, PageLayout, Any, int]] = OrderedDict()
+        self._tables: OrderedDict[tuple[Any, ...], tuple[PageLayout, PageLayout | None, _Table]] = OrderedDict()
 
     @contextlib.contextmanager
     def _on(self, device: int) -> Iterator[None]:
@@ -242,15 +258,12 @@ class CupyCuda(CudaApi):
         with self._on(device):
             lane = self._lane(device)
             try:
-                table, rows = self._table(source, target, lane)
-                pages = lane.load(np.stack([source_pages, target_pages], axis=1).astype(np.uint64, copy=False))
+                table = self._copy_table(source, target, lane)
+                pages = lane.load(_pairs(source_pages, target_pages))
                 if target.after is not None:
                     self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
-                warps = rows * len(source_pages)
                 with lane.stream:
-                    self._copy(
-                        *_grid(warps), (table, np.uint32(rows), np.uint64(pages), np.uint32(warps))
-                    )
+                    self._launch(table, pages, len(source_pages))
                 lane.event.record(lane.stream)
             except self._runtime.CUDARuntimeError as error:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=_SCHEME) from error
@@ -261,15 +274,17 @@ class CupyCuda(CudaApi):
     ) -> Callable[[], None]:
         """Return a function that launches the kernel of `copy` on cupy's current stream and nothing else, to time it."""
         lane = _Lane(self.cupy)
-        table, rows = self._table(source, target, lane)
-        lane.load(np.stack([source_pages, target_pages], axis=1).astype(np.uint64))
+        table = self._copy_table(source, target, lane)
+        lane.load(_pairs(source_pages, target_pages))
         lane.stream.synchronize()
-        warps = rows * len(source_pages)
+        return lambda: self._launch(table, lane.device.ptr, len(source_pages))
 
-        def launch() -> None:
-            self._copy(*_grid(warps), (table, np.uint32(rows), np.uint64(lane.device.ptr), np.uint32(warps)))
-
-        return launch
+    def _launch(self, table: _Table, pages: int, count: int, *more: np.generic) -> None:
+        """Launch the kernel of a table on the current stream, for `count` pages whose numbers are at `pages`."""
+        groups = table.rows * count
+        grid = -(-groups * table.threads // BLOCK_THREADS)
+        args = (np.uint64(table.address), np.uint32(count), np.uint64(pages), np.uint32(groups), *more)
+        self._kernels[table.kernel]((grid,), (BLOCK_THREADS,), args)
 
     def _lane(self, device: int) -> _Lane:
         try:
@@ -277,53 +292,74 @@ class CupyCuda(CudaApi):
         except IndexError:
             return _Lane(self.cupy)
 
-    def _table(self, source: CudaPagedMemory, target: CudaPagedMemory, lane: _Lane) -> tuple[Any, int]:
-        """Return the copy table, on the card of `target`, and its length."""
-        bases = [[self.pointer(memory) for memory in memories] for memories in (source.memories, target.memories)]
-        key = (target.device, *bases[0], -1, *bases[1])
+    def _copy_table(self, source: CudaPagedMemory, target: CudaPagedMemory, lane: _Lane) -> _Table:
+        """Return the copy table of two memories, on the card of `target`."""
+
+        def make() -> tuple[np.ndarray, str, int]:
+            rows, wide = copy_table(source.layout, source.pointers, target.layout, target.pointers)
+            return rows, "copy_wide" if wide else "copy_any", BLOCK_THREADS if wide else WARP
+        key = (target.device, source.pointers, target.pointers)
+        table = self._table(key, source.layout, target.layout, lane, make)
+        assert table is not None  # noqa: S101 - every two layouts of one page size can be copied
+        return table
+
+    def _digest_table(self, memory: CudaPagedMemory, lane: _Lane) -> _Table | None:
+        """Return the digest table of a memory, on its card, or None: see `digest_table`."""
+
+        def make() -> tuple[np.ndarray, str, int] | None:
+            rows = digest_table(memory.layout, memory.pointers)
+            return None if rows is None else (rows, "sum_pages", WARP)
+
+        return self._table((memory.device, memory.pointers), memory.layout, None, lane, make)
+
+    def _table(
+        self,
+        key: tuple[Any, ...],
+        first: PageLayout,
+        second: PageLayout | None,
+        lane: _Lane,
+        make: Callable[[], tuple[np.ndarray, str, int] | None],
+    ) -> _Table | None:
         with self._lock:
             found = self._tables.get(key)
-            if found is not None and found[0] == source.layout and found[1] == target.layout:
+            if found is not None and found[0] == first and found[1] == second:
                 self._tables.move_to_end(key)
-                return found[2:]
-        rows = copy_table(source.layout, bases[0], target.layout, bases[1])
-        table = self._upload_table(rows, lane)
+                return found[2]
+        made = make()
+        if made is None:
+            return None
+        rows, kernel, threads = made
+        memory = self.cupy.cuda.Memory(rows.nbytes)
+        staged, kind = lane.load(rows), self._runtime.memcpyDeviceToDevice
+        self._runtime.memcpyAsync(memory.ptr, staged, rows.nbytes, kind, lane.stream.ptr)
+        lane.stream.synchronize()  # it is used from other lanes, too
+        table = _Table(memory, memory.ptr, len(rows), kernel, threads)
         with self._lock:
-            self._tables[key] = (source.layout, target.layout, table, len(rows))
+            self._tables[key] = (first, second, table)
             while len(self._tables) > TABLES_MAX:
                 self._tables.popitem(last=False)
-        return table, len(rows)
-
-    def _upload_table(self, rows: np.ndarray, lane: _Lane) -> Any:
-        table = self._array(self.cupy.cuda.Memory(rows.nbytes), rows.nbytes)
-        staged = lane.load(rows)
-        kind = self._runtime.memcpyDeviceToDevice
-        self._runtime.memcpyAsync(self.pointer(table), staged, rows.nbytes, kind, lane.stream.ptr)
-        lane.stream.synchronize()  # it is used from other lanes, too
         return table
 
     def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
         memory.layout.check_pages(pages)
         if not len(pages):
             return []
-        bases = [self.pointer(piece) for piece in memory.memories]
-        table = digest_table(memory.layout, bases)
-        if table is None:
-            return self._packed_digests(memory, pages)
         with self._on(memory.device):
-            return self._sums(table, memory.device, pages, memory.layout.page_bytes)
+            return self._sums(memory, pages, memory.layout.page_bytes) or self._packed_digests(memory, pages)
 
-    def _sums(self, table: np.ndarray, device: int, pages: np.ndarray, page_bytes: int) -> list[bytes]:
+    def _sums(self, memory: CudaPagedMemory, pages: np.ndarray, page_bytes: int) -> list[bytes]:
+        """Digest pages in place, or return nothing when they are not made of aligned words."""
+        device = memory.device
         lane = self._lane(device)
         try:
-            numbers, sums = pages.astype(np.uint64), np.zeros((len(pages), 2), np.uint64)
-            at = lane.load(sums, numbers, table)
-            at_numbers = at + sums.nbytes
-            at_table = at_numbers + numbers.nbytes
-            warps = len(table) * len(pages)
-            args = (np.uint64(at_table), np.uint32(len(table)), np.uint64(at_numbers), np.uint32(warps), np.uint64(at))
+            table = self._digest_table(memory, lane)
+            if table is None:
+                self._idle[device].append(lane)
+                return []
+            sums = np.zeros((len(pages), 2), np.uint64)
+            at = lane.load(sums, pages.astype(np.uint64))
             with lane.stream:
-                self._sum(*_grid(warps), args)
+                self._launch(table, at + sums.nbytes, len(pages), np.uint64(at))
             kind = self._runtime.memcpyDeviceToHost
             self._runtime.memcpyAsync(lane.host.ctypes.data, at, sums.nbytes, kind, lane.stream.ptr)
             lane.event.record(lane.stream)
@@ -343,19 +379,20 @@ class CupyCuda(CudaApi):
             self._runtime.memset(self.pointer(place), 0, count * padded)
             self._runtime.deviceSynchronize()
             scratch = CudaPagedMemory(PageLayout(count, (Segment(0, 0, padded, page_bytes),)), (place,), self)
-            table = digest_table(PageLayout.packed(count, padded), [self.pointer(place)])
-            assert table is not None
+            words = CudaPagedMemory(PageLayout.packed(count, padded), (place,), self)
             found: list[bytes] = []
             for start in range(0, len(pages), count):
                 chosen = pages[start : start + count]
                 slots = np.arange(len(chosen))
                 self.copy(memory, chosen, scratch, slots).wait()
-                found += self._sums(table, device, slots, page_bytes)
+                found += self._sums(words, slots, page_bytes)
         return found
 
 
-def _grid(warps: int) -> tuple[tuple[int], tuple[int]]:
-    return (-(-warps * 32 // BLOCK_THREADS),), (BLOCK_THREADS,)
+def _pairs(source_pages: np.ndarray, target_pages: np.ndarray) -> np.ndarray:
+    pairs = np.empty((len(source_pages), 2), np.uint64)
+    pairs[:, 0], pairs[:, 1] = source_pages, target_pages
+    return pairs
 
 
 def _unmap(runtime: Any, pointer: int, device: int) -> None:

@@ -1,6 +1,7 @@
 """Publishing and fetching between processes on a card: through the registry, with torch's tensors, in place."""
 
 import time
+from dataclasses import replace
 
 import gpu_jobs as jobs
 import numpy as np
@@ -155,7 +156,11 @@ def test_two_markets_of_one_process_share_without_a_handle(reader, torch):
 
 @pytest.mark.timeout(240)
 def test_pages_overwritten_while_they_are_read_are_never_adopted_torn(peers, runtime_dir, torch, request, capsys):
-    """For `--stress-s` seconds, with generations alone: no digest helps."""
+    """For `--stress-s` seconds, with generations alone: no digest helps.
+
+    The kernels of two processes take turns on a card, so half of the copies are held back between the first look at the
+    generations and the start: then they do meet kernels that overwrite.
+    """
     seconds = request.config.getoption("--stress-s")
     writer = peers.spawn()
     writer.start(jobs.overwrite, str(runtime_dir), seconds)
@@ -171,6 +176,9 @@ def test_pages_overwritten_while_they_are_read_are_never_adopted_torn(peers, run
     while time.monotonic() < end or (not adopted and time.monotonic() < end + 20):
         chosen = rng.permutation(jobs.STRESS_PAGES)[: int(rng.integers(1, jobs.STRESS_PAGES + 1))]
         found, _, _ = core.fetcher.lookup([keys[page] for page in chosen])
+        if fetches % 2:  # the copy starts up to 3 ms behind the first look at the generations
+            torch.cuda._sleep(int(rng.integers(1, 5_000_000)))
+            local = replace(local, after=torch.cuda.current_stream().record_event())
         outcome = core.fetcher.read(found, local, np.arange(found.blocks), Deadline(5))
         fetches += 1
         low, high = out.amin(1), out.amax(1)
