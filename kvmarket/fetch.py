@@ -168,10 +168,16 @@ class Fetcher:
             mode, run, local, local_pages[outcome.blocks :], pool=self._verifiers, digest=connection.digest
         )
         request = ReadRequest(
-            run["page"].copy(), run["generation"].copy(), local, local_pages[outcome.blocks : outcome.blocks + len(run)]
+            run["page"].copy(),
+            run["generation"].copy(),
+            local,
+            local_pages[outcome.blocks : outcome.blocks + len(run)],
+            digest=check.wanted if connection.digests else None,
         )
         try:
-            report = connection.read(request, deadline=deadline, on_group=check.on_group)
+            on_group = None if connection.digests else check.on_group
+            report = connection.read(request, deadline=deadline, on_group=on_group)
+            check.compare(report.digests)
         except TransportUnavailableError as error:  # the card of these local pages does not reach the owner's
             outcome.reason, outcome.detail = MissReason.UNREACHABLE, f"{owner}: {error}"
             return 0
@@ -276,26 +282,33 @@ class _Verification:
     ) -> None:
         self._run, self._local, self._local_pages = run, local, local_pages
         self._pool, self._digest = pool, digest
-        self._wanted = run["digest"] != _NO_DIGEST
+        self.wanted = run["digest"] != _NO_DIGEST
         if mode == "auto":
             mode = "sampled" if local.kind == "cuda" else "full"
         if mode == "none":
-            self._wanted[:] = False
+            self.wanted[:] = False
         elif mode == "sampled":
             offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
-            self._wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
+            self.wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
         self._futures: list[Future[list[int]]] = []
         self._waiting: list[int] = []
+        self._wrong: list[int] = []
         self.blocks = 0
         """Pages compared."""
 
     def on_group(self, indices: np.ndarray) -> None:
         """Verify pages that have just arrived: on another thread if more pages arrive, else in `wait`."""
-        chosen = indices[self._wanted[indices]].tolist()
+        chosen = indices[self.wanted[indices]].tolist()
         if self._waiting:
             self._futures.append(self._pool.submit(self._mismatches, self._waiting))
         self.blocks += len(chosen)
         self._waiting = chosen
+
+    def compare(self, digests: dict[int, bytes]) -> None:
+        """Verify pages by digests that came with them."""
+        announced = self._run["digest"]
+        self.blocks += len(digests)
+        self._wrong += [i for i, digest in digests.items() if digest != announced[i].tobytes()]
 
     def _mismatches(self, indices: list[int]) -> list[int]:
         announced = self._run["digest"]
@@ -307,7 +320,7 @@ class _Verification:
 
     def wait(self) -> dict[int, MissReason]:
         """Return the pages whose bytes are not those announced."""
-        wrong = list(self._mismatches(self._waiting)) if self._waiting else []
+        wrong = self._wrong + (self._mismatches(self._waiting) if self._waiting else [])
         for future in self._futures:
             wrong += future.result()
         return dict.fromkeys(wrong, MissReason.DIGEST_MISMATCH)

@@ -55,7 +55,13 @@ class CudaAddress:
 
 
 class CudaTransfer(ABC):
-    """A copy that was launched."""
+    """A copy that was launched.
+
+    Attributes:
+        digests: of the pages that were to be digested; there after `wait`.
+    """
+
+    digests: list[bytes]
 
     @abstractmethod
     def wait(self) -> None:
@@ -116,7 +122,12 @@ class CudaApi(ABC):
 
     @abstractmethod
     def copy(
-        self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
+        self,
+        source: CudaPagedMemory,
+        source_pages: np.ndarray,
+        target: CudaPagedMemory,
+        target_pages: np.ndarray,
+        digest: np.ndarray | None = None,
     ) -> CudaTransfer:
         """Launch one copy of pages to pages, on a stream of its own, after `target.after` if there is one.
 
@@ -125,6 +136,7 @@ class CudaApi(ABC):
             source_pages: (n,) int64 page numbers there.
             target: where to; its card does the copying.
             target_pages: (n,) int64 page numbers there, without repeats.
+            digest: pages of `target` to digest when the copy has ended, on the same stream.
         """
 
     @abstractmethod

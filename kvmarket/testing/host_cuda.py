@@ -26,12 +26,13 @@ CARD = b"the card of host"
 class HostTransfer(CudaTransfer):
     """A copy that is done by `wait`."""
 
-    def __init__(self, copy: Callable[[], None]) -> None:
-        self._copy: Callable[[], None] | None = copy
+    def __init__(self, copy: Callable[[], list[bytes]]) -> None:
+        self._copy: Callable[[], list[bytes]] | None = copy
+        self.digests = []
 
     def wait(self) -> None:
         if self._copy is not None:
-            self._copy()
+            self.digests = self._copy()
         self._copy = None
 
 
@@ -87,11 +88,21 @@ class HostCuda(CudaApi):
         return array
 
     def copy(
-        self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
+        self,
+        source: CudaPagedMemory,
+        source_pages: np.ndarray,
+        target: CudaPagedMemory,
+        target_pages: np.ndarray,
+        digest: np.ndarray | None = None,
     ) -> CudaTransfer:
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
-        return HostTransfer(lambda: copy_pages(source, source_pages, target, target_pages))
+
+        def work() -> list[bytes]:
+            copy_pages(source, source_pages, target, target_pages)
+            return [] if digest is None else self.digests(target, digest)
+
+        return HostTransfer(work)
 
     def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
         memory.layout.check_pages(pages)

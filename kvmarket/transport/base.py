@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.errors import TransportUnavailableError
+
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
@@ -51,12 +53,14 @@ class ReadRequest:
         generations: (n,) uint64 generations that were announced for them.
         local: where they go.
         local_pages: (n,) int64 page numbers there, without repeats.
+        digest: (n,) bool: pages to digest after they arrived, for a connection that `digests`; None: no page.
     """
 
     pages: np.ndarray
     generations: np.ndarray
     local: PagedMemory
     local_pages: np.ndarray
+    digest: np.ndarray | None = None
 
 
 class Connection(ABC):
@@ -69,6 +73,8 @@ class Connection(ABC):
     """Kinds of local memory that it can read into."""
     digest: str = "xxh3_128"
     """Algorithm of the digests in the region's records."""
+    digests: bool = False
+    """It digests pages in the course of the read (see `ReadRequest.digest`), which is cheaper than afterwards."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
@@ -109,6 +115,11 @@ class Transport(ABC):
             TransportUnavailableError: this backend does not reach that owner from here; the message says why.
             PeerGoneError: the owner's incarnation is over.
         """
+
+    def require_memory(self, owner: OwnerInfo, kind: str) -> None:
+        """Raise `TransportUnavailableError` unless this backend moves that kind of memory."""
+        if kind not in self.capabilities.memory:
+            raise TransportUnavailableError(f"does not read {kind} memory", scheme=self.scheme, peer=str(owner))
 
     @abstractmethod
     def close(self) -> None:

@@ -83,6 +83,7 @@ class CudaIpcTransport(Transport):
         self._allocations: PeerAllocations | None = None
 
     def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        self.require_memory(owner, descriptor.kind)
         region = local_regions.get(owner.incarnation, descriptor.region_id)
         if region is not None:  # one's own handles cannot be opened, and need not be
             if region.generations.probe != descriptor.probe:
@@ -175,6 +176,7 @@ class CudaIpcConnection(Connection):
 
     scheme = "cuda_ipc"
     fills = frozenset({"cuda"})
+    digests = True
 
     def __init__(
         self,
@@ -221,7 +223,9 @@ class CudaIpcConnection(Connection):
             ended = refused[min(refused)] if refused else MissReason.DEADLINE
             refused |= dict.fromkeys(range(started, total), ended)
         nbytes, seconds = valid * local.layout.page_bytes, time.perf_counter() - began
-        return TransferReport(self.scheme, self.path, valid, nbytes, seconds, reading.copy_seconds, refused)
+        return TransferReport(
+            self.scheme, self.path, valid, nbytes, seconds, reading.copy_seconds, refused, reading.digests
+        )
 
     def _source(self, device: int) -> CudaPagedMemory:
         if self._pages is not None:
@@ -247,6 +251,7 @@ class _Reading:
         self._request, self._local, self._source, self._generations = request, local, source, generations
         self.in_flight: deque[tuple[np.ndarray, CudaTransfer | None]] = deque()
         self.refused: dict[int, MissReason] = {}
+        self.digests: dict[int, bytes] = {}
         self.copy_seconds = 0.0
         self._since = 0.0
 
@@ -262,8 +267,9 @@ class _Reading:
             self._since = time.perf_counter()
         transfer = None
         if len(indices):
+            digest = None if request.digest is None else request.local_pages[indices[request.digest[indices]]]
             transfer = self._local.api.copy(
-                self._source, request.pages[indices], self._local, request.local_pages[indices]
+                self._source, request.pages[indices], self._local, request.local_pages[indices], digest
             )
         self.in_flight.append((indices, transfer))
 
@@ -280,6 +286,10 @@ class _Reading:
         for index in indices[~whole].tolist():
             self.refused[index] = MissReason.TORN
         arrived: np.ndarray = indices[whole]
+        if transfer is not None and transfer.digests:
+            digested = indices[self._request.digest[indices]].tolist() if self._request.digest is not None else []
+            found = dict(zip(digested, transfer.digests, strict=True))
+            self.digests |= {index: digest for index, digest in found.items() if index not in self.refused}
         return arrived
 
     def drain(self) -> None:

@@ -102,15 +102,24 @@ class _Lane:
 class _Transfer(CudaTransfer):
     """A launched copy. It keeps its memory alive, and its lane out of use, until it was waited for."""
 
-    def __init__(self, lane: _Lane, idle: list[_Lane], *memories: CudaPagedMemory) -> None:
+    def __init__(
+        self,
+        lane: _Lane,
+        idle: list[_Lane],
+        memories: tuple[CudaPagedMemory, ...],
+        finish: Callable[[_Lane], list[bytes]] | None,
+    ) -> None:
         self._lane: _Lane | None = lane
-        self._idle, self._memories = idle, memories
+        self._idle, self._memories, self._finish = idle, memories, finish
+        self.digests = []
 
     def wait(self) -> None:
         if self._lane is not None:
             self._lane.wait()
+            if self._finish is not None:
+                self.digests = self._finish(self._lane)
             self._idle.append(self._lane)
-            self._lane, self._memories = None, ()
+            self._lane, self._memories, self._finish = None, (), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,24 +259,56 @@ class CupyCuda(CudaApi):
     # ---- work on the card
 
     def copy(
-        self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
+        self,
+        source: CudaPagedMemory,
+        source_pages: np.ndarray,
+        target: CudaPagedMemory,
+        target_pages: np.ndarray,
+        digest: np.ndarray | None = None,
     ) -> CudaTransfer:
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
-        device = target.device
+        device, digest = target.device, digest if digest is not None and len(digest) else None
+        finish: Callable[[_Lane], list[bytes]] | None = None
         with self._on(device):
             lane = self._lane(device)
             try:
                 table = self._copy_table(source, target, lane)
-                pages = lane.load(_pairs(source_pages, target_pages))
+                words = None if digest is None else self._digest_table(target, lane)
+                pairs = _pairs(source_pages, target_pages)
+                if words is None or digest is None:
+                    pages = lane.load(pairs)
+                else:
+                    sums = np.zeros((len(digest), 2), np.uint64)
+                    at = lane.load(sums, pairs, digest.astype(np.uint64))  # pairs stay aligned to 16 bytes
+                    pages = at + sums.nbytes
                 if target.after is not None:
                     self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
                 with lane.stream:
                     self._launch(table, pages, len(source_pages))
+                    if words is not None and digest is not None:
+                        numbers = pages + pairs.nbytes
+                        finish = self._launch_sums(words, lane, at, numbers, len(digest), target.layout.page_bytes)
                 lane.event.record(lane.stream)
             except self._runtime.CUDARuntimeError as error:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=_SCHEME) from error
-        return _Transfer(lane, self._idle[device], source, target)
+        if digest is not None and finish is None:  # its pages are not made of aligned words
+            return _Transfer(lane, self._idle[device], (source, target), lambda _: self.digests(target, digest))
+        return _Transfer(lane, self._idle[device], (source, target), finish)
+
+    def _launch_sums(
+        self, table: _Table, lane: _Lane, at: int, numbers: int, count: int, page_bytes: int
+    ) -> Callable[[_Lane], list[bytes]]:
+        """Launch the digests of `count` pages: their sums, all zero, are first in the lane, `at`, their numbers elsewhere.
+
+        Returns:
+            What makes digests of the sums, once they are in the lane's host memory.
+        """
+        nbytes = 16 * count
+        self._launch(table, numbers, count, np.uint64(at))
+        kind = self._runtime.memcpyDeviceToHost
+        self._runtime.memcpyAsync(lane.host.ctypes.data, at, nbytes, kind, lane.stream.ptr)
+        return lambda lane: sum128_final(lane.host[:nbytes].view(np.uint64).reshape(-1, 2), page_bytes)
 
     def launcher(
         self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
@@ -359,16 +400,14 @@ class CupyCuda(CudaApi):
             sums = np.zeros((len(pages), 2), np.uint64)
             at = lane.load(sums, pages.astype(np.uint64))
             with lane.stream:
-                self._launch(table, at + sums.nbytes, len(pages), np.uint64(at))
-            kind = self._runtime.memcpyDeviceToHost
-            self._runtime.memcpyAsync(lane.host.ctypes.data, at, sums.nbytes, kind, lane.stream.ptr)
+                finish = self._launch_sums(table, lane, at, at + sums.nbytes, len(pages), page_bytes)
             lane.event.record(lane.stream)
             lane.wait()
         except self._runtime.CUDARuntimeError as error:
             raise TransferError(f"digests cannot be computed: {error}", scheme=_SCHEME) from error
-        sums = lane.host[: sums.nbytes].view(np.uint64).reshape(-1, 2).copy()
+        digests = finish(lane)
         self._idle[device].append(lane)
-        return sum128_final(sums, page_bytes)
+        return digests
 
     def _packed_digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
         page_bytes, device = memory.layout.page_bytes, memory.device

@@ -56,9 +56,6 @@ class TransportSelector:
     def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
         reasons: list[str] = []
         for transport in self._transports:
-            if descriptor.kind not in transport.capabilities.memory:
-                reasons.append(f"{transport.scheme}: does not read {descriptor.kind} memory")
-                continue
             try:
                 return transport.connect(owner, descriptor)
             except TransportUnavailableError as error:

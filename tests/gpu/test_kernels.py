@@ -68,6 +68,18 @@ def test_layouts_are_converted_within_the_copy(card):
     assert page_digests(hnd, range(PAGES)) == page_digests(nhd, order), "digests do not depend on the layout"
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("page_bytes", [70_001, 131_072])
+def test_a_copy_digests_the_pages_asked_for(card, page_bytes, count):
+    rng = np.random.default_rng(count)
+    packed = PageLayout.packed(PAGES, page_bytes), [PAGES * page_bytes]
+    source, target = filled(card, rng, *packed), card.memory(*packed)
+    sources, targets = rng.integers(0, PAGES, 5), rng.permutation(PAGES)[:5]
+    transfer = card.api.copy(source, sources, target, targets, targets[:count])
+    transfer.wait()
+    assert transfer.digests == [sum128(page_bytes_of(on_host(card, source), page)) for page in sources[:count].tolist()]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_digests_are_those_of_the_host(card, seed):
     rng = np.random.default_rng(seed)
