@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import random
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.region.memory import private_huge_pages
+
+REST_S = 0.005
+"""Between operations: what is measured starts on an idle machine, as a fetch of a service does, not in the wake of others."""
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -94,14 +98,17 @@ async def interleave(operations: dict[str, Operation], reference: Callable[[], f
     shuffle = random.Random(0).shuffle
     for number in range(rounds + 1):
         shuffle(order)
+        await asyncio.sleep(REST_S)
         before = reference()
         for name in order:
+            await asyncio.sleep(REST_S)
             cpu = time.process_time()
             outcome = operations[name]()
             seconds = await outcome if inspect.isawaitable(outcome) else outcome
             if number:
                 samples.seconds[name].append(seconds)
                 samples.cpu[name].append(time.process_time() - cpu)
+        await asyncio.sleep(REST_S)
         if number:
             samples.reference.append((before + reference()) / 2)
     return samples

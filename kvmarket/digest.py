@@ -17,8 +17,6 @@ from kvmarket.errors import InvalidInputError
 from kvmarket.region.cuda import CudaPagedMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from kvmarket.region.pages import PagedMemory
 
 WORD_BYTES = 8
@@ -27,24 +25,13 @@ MIX_1, MIX_2 = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
 WEIGHT = 0xD6E8FEB86659FD93
 
 
-def page_digest(memory: PagedMemory, page: int) -> bytes:
-    """Return the 16-byte xxh3_128 of one page in host memory."""
-    views = memory.views(page)
-    if len(views) == 1:
-        return xxhash.xxh3_128_digest(views[0].data)
-    state = xxhash.xxh3_128()
-    for view in views:
-        state.update(view.data)
-    return state.digest()
-
-
-def page_digests(memory: PagedMemory, pages: Iterable[int], algorithm: str = "") -> list[bytes]:
-    """Return the 16-byte digest of each page.
+def page_digests(memory: PagedMemory, pages: np.ndarray, algorithm: str = "") -> list[bytes]:
+    """Return the 16-byte digest of each page. The order of a page's segments counts, where they lie does not.
 
     Args:
         memory: where the pages are.
-        pages: their numbers.
-        algorithm: a name from `DIGESTS`; default: the one for this kind of memory.
+        pages: (n,) page numbers.
+        algorithm: ``xxh3_128`` or ``sum128``; default: the one for this kind of memory.
 
     Raises:
         InvalidInputError: this memory cannot be digested that way; ask `can_digest` first.
@@ -53,9 +40,31 @@ def page_digests(memory: PagedMemory, pages: Iterable[int], algorithm: str = "")
     if not can_digest(memory.kind, algorithm):
         raise InvalidInputError(f"{algorithm} of {memory.kind} memory is not supported")
     if isinstance(memory, CudaPagedMemory):
-        return memory.api.digests(memory, np.fromiter(pages, np.int64))
-    digest = DIGESTS[algorithm]
-    return [digest(memory, int(page)) for page in pages]
+        return memory.api.digests(memory, np.asarray(pages, np.int64))
+    if algorithm == "sum128":
+        return [sum128(np.concatenate(memory.views(page))) for page in np.asarray(pages, np.int64).tolist()]
+    return _xxh3_128(memory, pages)
+
+
+def page_digest(memory: PagedMemory, page: int) -> bytes:
+    """Return the digest of one page."""
+    return page_digests(memory, np.array([page]))[0]
+
+
+def _xxh3_128(memory: PagedMemory, pages: np.ndarray) -> list[bytes]:
+    places = [
+        (memory.memories[s.memory].data, s.nbytes, (s.offset + np.asarray(pages, np.int64) * s.stride).tolist())
+        for s in memory.layout.segments
+    ]
+    if len(places) == 1:  # a packed page: one call, and nothing of Python around it
+        digest, (data, nbytes, offsets) = xxhash.xxh3_128_digest, places[0]
+        return [digest(data[offset : offset + nbytes]) for offset in offsets]
+    states = [xxhash.xxh3_128() for _ in pages]
+    for number, state in enumerate(states):
+        for data, nbytes, offsets in places:
+            offset = offsets[number]
+            state.update(data[offset : offset + nbytes])
+    return [state.digest() for state in states]
 
 
 def default_digest(kind: str) -> str:
@@ -65,7 +74,7 @@ def default_digest(kind: str) -> str:
 
 def can_digest(kind: str, algorithm: str) -> bool:
     """Tell whether this version computes that digest of pages in that kind of memory."""
-    return algorithm == "sum128" if kind == "cuda" else algorithm in DIGESTS
+    return algorithm == "sum128" or (kind == "host" and algorithm == "xxh3_128")
 
 
 def sum128(data: bytes | np.ndarray) -> bytes:
@@ -103,11 +112,3 @@ def _mix(words: np.ndarray) -> np.ndarray:
     words = words * np.uint64(MIX_2)
     mixed: np.ndarray = words ^ (words >> np.uint64(33))
     return mixed
-
-
-def _page_sum128(memory: PagedMemory, page: int) -> bytes:
-    return sum128(np.concatenate(memory.views(page)))
-
-
-DIGESTS: dict[str, Callable[[PagedMemory, int], bytes]] = {"xxh3_128": page_digest, "sum128": _page_sum128}
-"""Digests of pages in host memory, by the name in region descriptors."""

@@ -18,8 +18,8 @@ def explain_nothing_found(registry: Registry, namespace: Namespace) -> tuple[Mis
     """Say why no block at all of a prefix was found in `namespace`.
 
     When nobody publishes in it but somebody does in others, the closest of those is named with the fields that differ:
-    another dtype, another revision, another tenant, another hash seed. A namespace with one publisher, which may be the
-    asker itself, beside one that differs in nothing but hashing is explained, too: two processes that were meant to share.
+    another dtype, another revision, another tenant, another hash seed. A namespace with one publisher (maybe the asker
+    itself) beside one that differs in nothing but hashing is explained, too: two processes that were meant to share.
     """
     known = registry.namespaces(_NAMESPACES_MAX)
     if not known:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import random
+import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.digest import can_digest, page_digests
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import NO_DIGEST, RECORD, BlockRecords
+from kvmarket.registry.records import RECORD, BlockRecords
 from kvmarket.report import MissReason, TransferReport
+from kvmarket.shared_read import SharedRead
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
+from kvmarket.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
-
-SAMPLE_ONE_IN = 16
-_NO_DIGEST = np.void(NO_DIGEST)
 
 
 @dataclass
@@ -69,7 +67,8 @@ class Fetcher:
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
         self._verify = config.verify
-        self._verifiers = ThreadPoolExecutor(max(1, config.fetch_concurrency), "kvmarket-verify")
+        several = len(os.sched_getaffinity(0)) > 1
+        self._helpers = ThreadPoolExecutor(1, "kvmarket-help") if several else None
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
@@ -163,34 +162,24 @@ class Fetcher:
             kinds = " or ".join(sorted(connection.fills))
             outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, and the target is {local.kind} memory"
             return 0
-        mode = self._verify if can_digest(local.kind, connection.digest) else "none"
-        check = _Verification(
-            mode, run, local, local_pages[outcome.blocks :], pool=self._verifiers, digest=connection.digest
-        )
-        request = ReadRequest(
-            run["page"].copy(),
-            run["generation"].copy(),
-            local,
-            local_pages[outcome.blocks : outcome.blocks + len(run)],
-            digest=check.wanted if connection.digests else None,
-        )
+        targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
+        verification = Verification(self._verify, run, local, targets, connection.digest)
+        request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
+        reading = SharedRead(connection, request, deadline, verification)
         try:
-            on_group = None if connection.digests else check.on_group
-            report = connection.read(request, deadline=deadline, on_group=on_group)
-            check.compare(report.digests)
+            report = reading.run(self._helpers)
         except TransportUnavailableError as error:  # the card of these local pages does not reach the owner's
             outcome.reason, outcome.detail = MissReason.UNREACHABLE, f"{owner}: {error}"
             return 0
         except (PeerGoneError, TransferError) as error:
-            check.wait()
             self._transports.forget(owner)
             outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner}: {error}"
             return 0
-        outcome.stages["read"] += report.seconds
-        began = time.perf_counter()
-        refused = {**report.refused, **check.wait()}
-        outcome.stages["verify"] += time.perf_counter() - began
-        outcome.blocks_verified += check.blocks
+        verify_s = verification.seconds / reading.threads
+        outcome.stages["verify"] += verify_s
+        outcome.stages["read"] += report.seconds - verify_s
+        outcome.blocks_verified += verification.blocks
+        refused = report.refused
         good = min(refused, default=len(run))
         if good < len(run):
             outcome.reason = refused[good]
@@ -243,8 +232,9 @@ class Fetcher:
             outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner} died during the fetch"
 
     def close(self) -> None:
-        """Stop the verifying threads."""
-        self._verifiers.shutdown(wait=True)
+        """Stop the helping thread."""
+        if self._helpers is not None:
+            self._helpers.shutdown(wait=True)
 
 
 class _SpecMismatchError(TransportError):
@@ -265,62 +255,3 @@ def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRec
         if best is None or len(run) > len(best):
             best = run
     return best
-
-
-class _Verification:
-    """Compares page digests on another thread while the next group is being read."""
-
-    def __init__(
-        self,
-        mode: str,
-        run: BlockRecords,
-        local: PagedMemory,
-        local_pages: np.ndarray,
-        *,
-        pool: ThreadPoolExecutor,
-        digest: str,
-    ) -> None:
-        self._run, self._local, self._local_pages = run, local, local_pages
-        self._pool, self._digest = pool, digest
-        self.wanted = run["digest"] != _NO_DIGEST
-        if mode == "auto":
-            mode = "sampled" if local.kind == "cuda" else "full"
-        if mode == "none":
-            self.wanted[:] = False
-        elif mode == "sampled":
-            offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
-            self.wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
-        self._futures: list[Future[list[int]]] = []
-        self._waiting: list[int] = []
-        self._wrong: list[int] = []
-        self.blocks = 0
-        """Pages compared."""
-
-    def on_group(self, indices: np.ndarray) -> None:
-        """Verify pages that have just arrived: on another thread if more pages arrive, else in `wait`."""
-        chosen = indices[self.wanted[indices]].tolist()
-        if self._waiting:
-            self._futures.append(self._pool.submit(self._mismatches, self._waiting))
-        self.blocks += len(chosen)
-        self._waiting = chosen
-
-    def compare(self, digests: dict[int, bytes]) -> None:
-        """Verify pages by digests that came with them."""
-        announced = self._run["digest"]
-        self.blocks += len(digests)
-        self._wrong += [i for i, digest in digests.items() if digest != announced[i].tobytes()]
-
-    def _mismatches(self, indices: list[int]) -> list[int]:
-        announced = self._run["digest"]
-        try:
-            found = page_digests(self._local, self._local_pages[indices], self._digest)
-        except TransferError:
-            return indices  # the card failed: what cannot be compared is not proven
-        return [i for i, digest in zip(indices, found, strict=True) if digest != announced[i].tobytes()]
-
-    def wait(self) -> dict[int, MissReason]:
-        """Return the pages whose bytes are not those announced."""
-        wrong = self._wrong + (self._mismatches(self._waiting) if self._waiting else [])
-        for future in self._futures:
-            wrong += future.result()
-        return dict.fromkeys(wrong, MissReason.DIGEST_MISMATCH)

@@ -142,6 +142,7 @@ class Marketplace:
             num_blocks: at least 1.
         """
         memory = SharedMemory(num_blocks * self._spec.page_bytes, "pages")
+        memory.populate()
         return memory, memory.array.reshape(num_blocks, self._spec.page_bytes)
 
     # ---- publish

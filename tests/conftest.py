@@ -19,7 +19,7 @@ settings.load_profile("kvmarket")
 
 
 def shared_memories():
-    """Kvmarket's shared memories that this process has open or mapped, its own and those of peers, by name and inode."""
+    """Kvmarket's shared memories that this process has open or mapped, its own and peers', by name and inode."""
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile

@@ -53,7 +53,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
             transfer.kv_load_failure_policy = "recompute"
             logger.info("kvmarket: kv_load_failure_policy is now 'recompute': a block that cannot be fetched is computed")
-        supported = not unsupported(vllm_config, kv_cache_config)  # if not, the workers' facts say so, and that is logged
+        supported = not unsupported(vllm_config, kv_cache_config)  # if not, the workers' facts say why
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size if supported else 1
         self._scheduler = SchedulerRole(
             vllm_config,

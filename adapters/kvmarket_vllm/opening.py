@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from kvmarket.errors import KVMarketError
+from kvmarket.errors import KVMarketError, RegistryUnavailableError
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -15,24 +15,35 @@ T = TypeVar("T")
 
 OPEN_WAIT_S = 2.0
 """How long an engine waits for its market once; after that it goes on, and uses the market when it is there."""
+RETRY_S = 5.0
+"""How long after a failure that may pass it is tried again."""
 
 
 class Opening(Generic[T]):
-    """Something being made on a thread; `get` returns it, or None while it is not there or has failed."""
+    """Something being made on a thread; `get` returns it, or None while it is not there."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._made: T | None = None
+        self._tried, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make,), name="kvmarket-open", daemon=True)
         self._thread.start()
-        self._thread.join(OPEN_WAIT_S)
-        if self._thread.is_alive():
+        if not self._tried.wait(OPEN_WAIT_S):
             logger.warning("kvmarket: the registry does not answer; this replica goes on alone until it does")
 
     def _run(self, make: Callable[[], T]) -> None:
-        try:
-            self._made = make()
-        except KVMarketError as error:
-            logger.error("kvmarket is off for this replica: %s", error)  # noqa: TRY400 - the message says it all
+        while not self._stop.is_set():
+            try:
+                self._made = make()
+                return
+            except RegistryUnavailableError as error:
+                if not self._tried.is_set():
+                    logger.error("kvmarket is off for this replica until this passes: %s", error)  # noqa: TRY400
+            except KVMarketError as error:
+                logger.error("kvmarket is off for this replica: %s", error)  # noqa: TRY400 - the message says it all
+                return
+            finally:
+                self._tried.set()
+            self._stop.wait(RETRY_S)
 
     def get(self) -> T | None:
         """Return it if it is there. Never waits."""
@@ -40,10 +51,11 @@ class Opening(Generic[T]):
 
     @property
     def failed(self) -> bool:
-        """True when there will never be anything to get."""
-        return self._made is None and not self._thread.is_alive()
+        """True when it was tried and there is nothing to get."""
+        return self._tried.is_set() and self._made is None
 
     def finish(self, timeout_s: float) -> T | None:
-        """Wait for the outcome, for shutting down."""
+        """Try no more, and wait for the outcome of what is under way, for shutting down."""
+        self._stop.set()
         self._thread.join(timeout_s)
         return self._made

@@ -6,6 +6,7 @@ No I/O but look-ups in the local registry, nothing blocks, nothing raises into t
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ class SchedulerRole:
         self._facts: dict[Rank, WorkerFacts] = {}
         self._root = b""
         self._epochs: dict[Rank, int] = {}
+        self._owes_reset = False
         self._opening: Opening[dict[Rank, MarketCore]] | None = None
         self._requests: dict[str, Any] = {}
         self._matches: dict[str, _Match] = {}
@@ -76,13 +78,19 @@ class SchedulerRole:
                 return None
             self._root = self._plan.root = root
             self._opening = Opening(self._open)
-        return self._opening.get()
+        cores = self._opening.get()
+        if cores and self._owes_reset:
+            self._owes_reset = not self._bump_epochs(cores)
+        return cores
 
     def _open(self) -> dict[Rank, MarketCore]:
-        return {
-            rank: MarketCore(namespace(fact, self._algorithm, self._root, self._config), self._config)
-            for rank, fact in self._facts.items()
-        }
+        cores: dict[Rank, MarketCore] = {}
+        with ExitStack() as undo:
+            for rank, fact in self._facts.items():
+                cores[rank] = MarketCore(namespace(fact, self._algorithm, self._root, self._config), self._config)
+                undo.callback(cores[rank].close)
+            undo.pop_all()
+        return cores
 
     # ---- matching
 
@@ -199,8 +207,12 @@ class SchedulerRole:
         cores = self._cores()
         self._plan.forget = True
         self._offers.void()
-        if cores is None:  # nothing was ever published or adopted, nor will it be; unless the registry is only slow
+        if cores is None:  # nothing was ever adopted; what a worker may have published goes when the registry is there
+            self._owes_reset = self._opening is not None
             return self._opening is None or self._opening.failed
+        return self._bump_epochs(cores)
+
+    def _bump_epochs(self, cores: dict[Rank, MarketCore]) -> bool:
         try:
             for core in cores.values():
                 core.bump_epoch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -203,7 +203,11 @@ class WorkerRole:
 
             def make() -> _Market:
                 space = namespace(facts, hash_algorithm(self._vllm_config), root, self._config)
-                market = _Market(MarketCore(space, self._config), pages, self._shared, self._rank, self.deltas)
+                core = MarketCore(space, self._config)
+                with ExitStack() as undo:
+                    undo.callback(core.close)
+                    market = _Market(core, pages, self._shared, self._rank, self.deltas)
+                    undo.pop_all()
                 logger.info(
                     "kvmarket is open: %d pages of %d bytes, namespace %s, transports %s",
                     pages.layout.num_pages, pages.layout.page_bytes, space.digest.hex()[:12],

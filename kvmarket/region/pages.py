@@ -102,31 +102,34 @@ class PagedMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of bytes that is contiguous in every page on both sides."""
-
+class _Piece:
     source: Segment
     target: Segment
 
 
 @lru_cache(maxsize=64)
-def copy_plan(source: PageLayout, target: PageLayout) -> tuple[Piece, ...]:
+def _copy_plan(source: PageLayout, target: PageLayout) -> tuple[_Piece, ...]:
     """Cut two layouts of one page size into runs that are contiguous on both sides."""
     if source.page_bytes != target.page_bytes:
         raise InvalidInputError(f"pages of {source.page_bytes} and {target.page_bytes} bytes cannot be copied")
-    pieces: list[Piece] = []
+    pieces: list[_Piece] = []
     left, right = list(source.segments), list(target.segments)
     while left:
         a, b = left.pop(0), right.pop(0)
         nbytes = min(a.nbytes, b.nbytes)
         pieces.append(
-            Piece(Segment(a.memory, a.offset, a.stride, nbytes), Segment(b.memory, b.offset, b.stride, nbytes))
+            _Piece(Segment(a.memory, a.offset, a.stride, nbytes), Segment(b.memory, b.offset, b.stride, nbytes))
         )
         if a.nbytes > nbytes:
             left.insert(0, Segment(a.memory, a.offset + nbytes, a.stride, a.nbytes - nbytes))
         if b.nbytes > nbytes:
             right.insert(0, Segment(b.memory, b.offset + nbytes, b.stride, b.nbytes - nbytes))
     return tuple(pieces)
+
+
+def copy_plan(source: PageLayout, target: PageLayout) -> tuple[tuple[Segment, Segment], ...]:
+    """Cut two layouts of one page size into runs that are contiguous on both sides, in page order."""
+    return tuple((piece.source, piece.target) for piece in _copy_plan(source, target))
 
 
 def _rows(memory: PagedMemory, segment: Segment) -> np.ndarray:
@@ -154,8 +157,9 @@ def _runs(source_pages: np.ndarray, target_pages: np.ndarray) -> list[tuple[int,
     return list(zip(source_pages[starts].tolist(), target_pages[starts].tolist(), lengths.tolist(), strict=True))
 
 
-def _check_range(pages: np.ndarray, num_pages: int) -> None:
-    if int(np.minimum.reduce(pages)) < 0 or int(np.maximum.reduce(pages)) >= num_pages:
+def _check_range(pages: np.ndarray, num_pages: int, *, consecutive: bool) -> None:
+    ends = (pages[0], pages[-1]) if consecutive else (np.minimum.reduce(pages), np.maximum.reduce(pages))
+    if int(ends[0]) < 0 or int(ends[1]) >= num_pages:
         raise InvalidInputError(f"page number outside [0, {num_pages})")
 
 
@@ -178,11 +182,11 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
         raise InvalidInputError(f"{len(source_pages)} source pages for {len(target_pages)} target pages")
     if len(source_pages) == 0:
         return
-    _check_range(source_pages, source.layout.num_pages)
-    _check_range(target_pages, target.layout.num_pages)
     gather, scatter = _consecutive(target_pages), _consecutive(source_pages)
+    _check_range(source_pages, source.layout.num_pages, consecutive=scatter)
+    _check_range(target_pages, target.layout.num_pages, consecutive=gather)
     first, to, count = int(source_pages[0]), int(target_pages[0]), len(source_pages)
-    for piece in copy_plan(source.layout, target.layout):
+    for piece in _copy_plan(source.layout, target.layout):
         packed = piece.source.stride == piece.source.nbytes and piece.target.stride == piece.target.nbytes
         if gather and scatter:
             _rows(target, piece.target)[to : to + count] = _rows(source, piece.source)[first : first + count]
@@ -197,7 +201,7 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
 
 
 def _copy_piece(
-    source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray, piece: Piece
+    source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray, piece: _Piece
 ) -> None:
     """Copy one piece of pages that are scattered on both sides (or not packed).
 

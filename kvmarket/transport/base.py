@@ -75,6 +75,8 @@ class Connection(ABC):
     """Algorithm of the digests in the region's records."""
     digests: bool = False
     """It digests pages in the course of the read (see `ReadRequest.digest`), which is cheaper than afterwards."""
+    readers: int = 1
+    """How many threads may share a large read, in parts, and so make it faster."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:

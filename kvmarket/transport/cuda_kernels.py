@@ -148,7 +148,7 @@ def copy_table(
 @lru_cache(maxsize=64)
 def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the table for memories at address 0, and the memory numbers of each slice, source and target."""
-    pieces = [(piece.source, piece.target) for piece in copy_plan(source, target)]
+    pieces = copy_plan(source, target)
     widths = [_width(a, b, aligned) for a, b in pieces]
     wide = all(w == 16 and a.nbytes % WIDE_BYTES == 0 for (a, _), w in zip(pieces, widths, strict=True))
     rows: list[tuple[int, int, int, int, int, int]] = []

@@ -15,12 +15,14 @@ from kvmarket.transport.base import Connection, OnGroup, ReadRequest
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
 
-GROUP_BYTES = 4 << 20
-"""Bytes copied between two looks at the generations, the deadline and the cancel flag."""
+GROUP_BYTES = 2 << 20
+"""Bytes copied before their generations are looked at again, with the deadline, and verified while cached."""
 
 
 class MappedConnection(Connection):
     """Pages and generations of one region, both readable by plain loads."""
+
+    readers = 2
 
     def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
         self.scheme, self.path = scheme, path
@@ -36,13 +38,14 @@ class MappedConnection(Connection):
         group = max(1, GROUP_BYTES // page_bytes)
         refused: dict[int, MissReason] = {}
         valid, copy_seconds = 0, 0.0
+        fresh = readable(self._generations, request.pages, request.generations)
+        memory_fence()  # the bytes are read after the generations
         for start in range(0, total, group):
             if refused or deadline.expired:
                 ended = refused[min(refused)] if refused else MissReason.DEADLINE
                 refused |= dict.fromkeys(range(start, total), ended)
                 break
-            indices = np.arange(start, min(start + group, total))
-            arrived, seconds = self._read_group(request, indices, refused)
+            arrived, seconds = self._read_group(request, slice(start, min(start + group, total)), fresh, refused)
             copy_seconds += seconds
             valid += len(arrived)
             if on_group is not None and len(arrived):
@@ -51,17 +54,17 @@ class MappedConnection(Connection):
         return TransferReport(self.scheme, self.path, valid, valid * page_bytes, seconds, copy_seconds, refused)
 
     def _read_group(
-        self, request: ReadRequest, indices: np.ndarray, refused: dict[int, MissReason]
+        self, request: ReadRequest, group: slice, fresh: np.ndarray, refused: dict[int, MissReason]
     ) -> tuple[np.ndarray, float]:
         """Copy one group; return the indices that are valid, and the seconds the copy took."""
-        pages, generations = request.pages[indices], request.generations[indices]
-        fresh = readable(self._generations, pages, generations)
-        if not fresh.all():
-            refused.update(dict.fromkeys(indices[~fresh].tolist(), MissReason.STALE_GENERATION))
-            indices, pages, generations = indices[fresh], pages[fresh], generations[fresh]
-        memory_fence()  # the bytes are read after the generations
+        indices = np.arange(group.start, group.stop)
+        pages, generations, targets = request.pages[group], request.generations[group], request.local_pages[group]
+        if not fresh[group].all():
+            stale = ~fresh[group]
+            refused.update(dict.fromkeys(indices[stale].tolist(), MissReason.STALE_GENERATION))
+            indices, pages, generations, targets = (x[~stale] for x in (indices, pages, generations, targets))
         began = time.perf_counter()
-        copy_pages(self._pages, pages, request.local, request.local_pages[indices])
+        copy_pages(self._pages, pages, request.local, targets)
         seconds = time.perf_counter() - began
         memory_fence()  # and the generations again after the bytes
         whole = self._generations[pages] == generations

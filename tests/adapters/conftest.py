@@ -1,4 +1,4 @@
-"""Replicas for the vLLM tests: vLLM is imported once per session, engines live as long as the module that asked for them."""
+"""Replicas for the vLLM tests: vLLM is imported once a session, engines live as long as the module that starts them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress

@@ -9,7 +9,7 @@ import pytest
 
 from kvmarket.testing.tiny_models import random_prompt
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 BLOCK = 32
 PAGE_BYTES = 64 << 10
@@ -71,7 +71,10 @@ def test_torn_reads_are_caught_and_every_answer_is_right(replicas, prompts, righ
     reader.call("vllm_faults:tear_copies", every=4)
     wrong, answers = play(owner, reader, prompts, right, until=lambda now: now[LOADS] >= FETCHES)
     counters, injected = reader.counters(), reader.call("vllm_faults:torn_copies")
-    print(f"{answers} answers, {counters[LOADS]} fetches, torn {counters.get(TORN)}, stale {counters.get(STALE)}", injected)
+    print(
+        f"{answers} answers, {counters[LOADS]} fetches, torn {counters.get(TORN)}, stale {counters.get(STALE)}",
+        injected,
+    )
 
     assert wrong == []
     assert counters[LOADS] >= FETCHES

@@ -1,5 +1,7 @@
 """The main job on real engines: what one replica computed another one fetches, and its tokens do not change."""
 
+from itertools import chain
+
 import pytest
 
 from kvmarket.testing.tiny_models import random_prompt
@@ -38,13 +40,13 @@ def test_a_cold_replica_fetches_and_answers_the_same(pair, truth):
     one, other = pair
     first, second = prompts(20, 1000), prompts(20, 1100)
     right = truth.begin_generate(first + second, max_tokens=ANSWER_TOKENS)
-    computed = sum(side_by_side((one, first), (other, second)), [])
+    computed = [*chain(*side_by_side((one, first), (other, second)))]
     for replica in pair:
         replica.call("vllm_faults:flush")
     before = [replica.counters() for replica in pair]
-    fetched = sum(side_by_side((other, first), (one, second)), [])
+    fetched = [*chain(*side_by_side((other, first), (one, second)))]
     after = [replica.counters() for replica in pair]
-    local = sum(side_by_side((other, first), (one, second)), [])
+    local = [*chain(*side_by_side((other, first), (one, second)))]
     right = right.result(timeout_s=60)
 
     assert [answer.external_tokens for answer in computed] == [0] * 40

@@ -1,4 +1,4 @@
-"""Models whose layers do not all attend to everything: shared where that is right, refused with one sentence elsewhere."""
+"""Models whose layers do not all attend to everything: shared where that is right, else refused in one sentence."""
 
 import json
 import shutil

@@ -18,7 +18,7 @@ ONE_SEED = "use one hash algorithm and one PYTHONHASHSEED everywhere"
 
 @dataclass(frozen=True)
 class Variant:
-    """A replica that must not find what the others publish, the fields that differ, and whether its answers are the same."""
+    """A replica that must not find what others publish, the fields that differ, and whether its answers are equal."""
 
     options: dict
     fields: set

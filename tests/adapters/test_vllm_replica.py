@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmarket.testing.tiny_models import random_prompt
-from kvmarket.testing.vllm_replica import Generation, Replica, ReplicaConfig, ReplicaError, ReplicaHost
+from kvmarket.testing.vllm_replica import Generation, Replica, ReplicaConfig, ReplicaError
 
 pytestmark = pytest.mark.vllm
 

@@ -43,9 +43,7 @@ def test_an_abort_while_a_load_runs(fleet, pair, truth, whom):
     right = truth.begin_generate([prompt], max_tokens=ANSWER_TOKENS)
     fleet.publish(publisher, [prompt])
     busy = random_prompt(40, seed=8200)
-    answers, held, everything_free = reader.call(
-        "vllm_faults:abort_while_loading", prompt=prompt, busy=busy, whom=whom
-    )
+    answers, held, everything_free = reader.call("vllm_faults:abort_while_loading", prompt=prompt, busy=busy, whom=whom)
     (right,) = right.result(timeout_s=60)
     went_on = "follower" if whom == "leader" else "leader"
 

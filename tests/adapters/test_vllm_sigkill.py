@@ -1,6 +1,6 @@
 """An owner is killed while a peer reads from it, and between a peer's look-up and its read: 20 times each."""
 
-import os
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +36,10 @@ def right(truth, prompts):
     return truth.generate(prompts, max_tokens=ANSWER_TOKENS)
 
 
+def shared_memory_files():
+    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not used
+
+
 def tables(directory):
     """Return the owners that each part of the registry names."""
     registry = LmdbRegistry(directory)
@@ -53,7 +57,7 @@ def tables(directory):
 
 
 def test_answers_stay_right_and_in_time_and_nothing_is_left_behind(fleet, readers, prompts, right, tmp_path):
-    left_before = set(os.listdir("/dev/shm"))
+    left_before = shared_memory_files()
     victims = [fleet.launch() for _ in range(STARTED_AHEAD)]
     slowest = 0.0
     for number, prompt in enumerate(prompts):
@@ -92,7 +96,7 @@ def test_answers_stay_right_and_in_time_and_nothing_is_left_behind(fleet, reader
     assert len(living["owners"]) == 3
     assert living == dict.fromkeys(living, living["owners"])
     assert {path.name.partition(".")[0] for path in fleet.runtime_dir.iterdir()} == {"owners", "registry"}
-    assert {name for name in set(os.listdir("/dev/shm")) - left_before if "kvmarket" in name} == set()
+    assert {name for name in shared_memory_files() - left_before if "kvmarket" in name} == set()
     for number, reader in enumerate(readers.values()):
         reader.generate([random_prompt(100, seed=5010 + number)], max_tokens=1)
         peers = reader.call("vllm_faults:mapped_peers")

@@ -1,7 +1,8 @@
-"""How an engine starts with settings and registries that are wrong: an error that names it, or an engine that goes on alone."""
+"""Starting with wrong settings: an error that names them. With a bad registry: an engine that goes on alone."""
 
 import os
 import shutil
+import time
 
 import pytest
 
@@ -12,6 +13,8 @@ pytestmark = pytest.mark.vllm
 
 PROMPT_TOKENS = 400
 ANSWER_TOKENS = 8
+HELD_S = 7.0
+OPEN_WAIT_S, RETRY_S, WRITE_WAIT_S = 2.0, 5.0, 3.0  # of the connector and of the registry
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,36 @@ def test_a_registry_that_cannot_be_used_leaves_an_engine_that_goes_on_alone(flee
         assert "kvmarket is off for this replica" in log
         assert said in log
         assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_registry_that_a_hung_process_holds(fleet, truth):
+    """Who has it open goes on fetching; who comes later goes on alone, and joins when it is free again."""
+    owner, reader, late = fleet.start_all({}, {}, {})
+    asked = [random_prompt(PROMPT_TOKENS, seed=9200 + i) for i in range(3)]
+    right = [answer.tokens for answer in truth.generate(asked, max_tokens=ANSWER_TOKENS)]
+    reader.generate([random_prompt(PROMPT_TOKENS, seed=9290)], max_tokens=1)
+    fleet.publish(owner, asked[:2])
+    owner.call("vllm_faults:hold_registry", seconds=HELD_S)
+    (answer,) = reader.generate(asked[:1], max_tokens=ANSWER_TOKENS)
+    assert (answer.external_tokens, answer.tokens) == (384, right[0])
+    assert answer.total_s < 1.0
+    (answer,) = late.generate(asked[1:2], max_tokens=ANSWER_TOKENS)
+    assert (answer.external_tokens, answer.tokens) == (0, right[1])
+    assert answer.total_s < 2 * OPEN_WAIT_S + 1.5  # once for each role
+    assert "the registry does not answer" in late.log_path.read_text()
+
+    end, seed = time.monotonic() + HELD_S + WRITE_WAIT_S + RETRY_S + 5.0, 9300
+    while late.counters()["vllm:kvmarket_loaded_tokens"] == 0:
+        assert time.monotonic() < end, late.log_tail()
+        time.sleep(0.5)
+        prompt, seed = random_prompt(PROMPT_TOKENS, seed=seed), seed + 1
+        owner.generate([prompt], max_tokens=1)
+        late.generate([prompt], max_tokens=1)
+    for replica in (owner, reader, late):
+        assert replica.counters()["vllm:kvmarket_errors"] == 0
+        assert "Traceback" not in replica.log_path.read_text()
+        replica.close()
 
 
 def test_a_registry_that_is_removed_while_engines_run(fleet, tmp_path, truth):

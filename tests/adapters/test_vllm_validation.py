@@ -15,7 +15,7 @@ MISMATCHES = "vllm:kvmarket_blocks_refused{reason=digest_mismatch}"
 
 @pytest.fixture(scope="module")
 def replicas(fleet):
-    """A publisher, two readers that verify (the default), and one that trusts generations alone and publishes nothing."""
+    """A publisher, two readers that verify (the default), and one that trusts generations and publishes nothing."""
     trusting = {"environ": {"KVMARKET_VERIFY": "none"}, "role": "kv_consumer"}
     return fleet.start_all({}, {}, {}, trusting)
 

@@ -110,7 +110,7 @@ def kill_owner(engine, *, pid, where, meeting, party):
     def kill():
         began = time.monotonic()
         Path(meeting, str(os.getpid())).touch()
-        while len(os.listdir(meeting)) < party and time.monotonic() < began + 10.0:
+        while len([*Path(meeting).iterdir()]) < party and time.monotonic() < began + 10.0:
             time.sleep(0.0005)
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(owner, signal.SIGKILL)
@@ -210,3 +210,17 @@ def abort_while_loading(engine, *, prompt, busy, whom):
         fetcher.read = read
     everything_free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # the null block is never free
     return {name: tuple(tokens) for name, tokens in answers.items()}, held, everything_free
+
+
+def hold_registry(engine, *, seconds):
+    """Hold the registry's write lock, as a process does that is stopped in the middle of a write."""
+    file = roles(engine)[0].market.core.registry._file
+    held = threading.Event()
+
+    def hold():
+        with file.write():
+            held.set()
+            time.sleep(seconds)
+
+    threading.Thread(target=hold, daemon=True).start()
+    assert held.wait(5.0)

@@ -10,47 +10,49 @@ import numpy as np
 import pytest
 
 from kvmarket import DeadlineExceededError, MarketClosedError, Marketplace, MissReason
+from kvmarket.fetch import Fetcher
 from kvmarket.region.pages import copy_pages
 from kvmarket.registry.memory import MemoryRegistry
 from kvmarket.testing.samples import sample_kv, sample_spec, sample_tokens
 
 SPEC = sample_spec(256 << 10)
 BLOCKS = 96
-"""24 MiB: six groups."""
+"""24 MiB: many groups."""
 TOKENS = sample_tokens(1, BLOCKS)
 KV = sample_kv(TOKENS, SPEC)
-GROUPS = 6
 
 
-class SlowCopies:
-    """`copy_pages` that takes a while, and remembers when it ran."""
+class Slow:
+    """A function that takes a while longer, and remembers how often it ran at once and how many bytes it moved."""
 
-    def __init__(self, seconds):
-        self.seconds = seconds
-        self.running = self.most = self.done = 0
+    def __init__(self, function, seconds_per_mib):
+        self.function, self.seconds_per_mib = function, seconds_per_mib
+        self.running = self.most = self.nbytes = 0
         self.lock = threading.Lock()
 
-    def __call__(self, *args):
+    def __call__(self, source, source_pages, *args):
+        nbytes = len(source_pages) * source.layout.page_bytes
         with self.lock:
             self.running += 1
             self.most = max(self.most, self.running)
-        time.sleep(self.seconds)
-        copy_pages(*args)
+        time.sleep(self.seconds_per_mib * nbytes / 2**20)
+        self.function(source, source_pages, *args)
         with self.lock:
             self.running -= 1
-            self.done += 1
+            self.nbytes += nbytes
 
 
 @pytest.fixture
 def slow_reads(monkeypatch):
-    slow = SlowCopies(0.04)
+    """Reading everything takes half a second, or half of that with two threads."""
+    slow = Slow(copy_pages, 0.02)
     monkeypatch.setattr("kvmarket.transport.mapped.copy_pages", slow)
     return slow
 
 
 @pytest.fixture
 def slow_publish(monkeypatch):
-    slow = SlowCopies(0.15)
+    slow = Slow(copy_pages, 0.15 / 24)
     monkeypatch.setattr("kvmarket.arena_publish.copy_pages", slow)
     return slow
 
@@ -84,7 +86,7 @@ async def test_a_cancelled_fetch_writes_no_more(market, slow_reads, after_s):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert slow_reads.done < GROUPS, "it went on to the end"
+    assert slow_reads.nbytes < KV.nbytes, "it went on to the end"
     await still(out, slow_reads)
     assert (await market.fetch(TOKENS)).report.blocks_adopted == BLOCKS, "the market goes on"
 
@@ -160,11 +162,24 @@ async def test_publishes_that_wait_for_their_turn_can_be_late(market, slow_publi
     assert not (await market.fetch(sample_tokens(2, 1))).report.hit, "what never began never happens"
 
 
-async def test_no_more_fetches_run_at_once_than_allowed(config, slow_reads):
+async def test_no_more_fetches_run_at_once_than_allowed(config, monkeypatch):
+    running, most, lock, read = set(), [], threading.Lock(), Fetcher.read
+
+    def counted(self, *args):
+        with lock:
+            running.add(threading.get_ident())
+            most.append(len(running))
+        time.sleep(0.05)
+        outcome = read(self, *args)
+        with lock:
+            running.remove(threading.get_ident())
+        return outcome
+
+    monkeypatch.setattr(Fetcher, "read", counted)
     async with Marketplace("model", SPEC, config=replace(config, fetch_concurrency=2)) as market:
         await market.publish(TOKENS, KV)
         results = await asyncio.gather(*(market.fetch(TOKENS) for _ in range(5)))
-        assert slow_reads.most == 2
+        assert max(most) == 2
         assert all((result.kv == KV).all() for result in results)
 
 

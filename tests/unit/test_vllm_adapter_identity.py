@@ -34,7 +34,11 @@ def groups(*specs):
 
 def engine(path="/nowhere", *, caching=True, algorithm="sha256", load_format="auto", **model):
     fields = {"model": str(path), "revision": None, "dtype": torch.float32, "quantization": None, "seed": 0}
-    fields |= {"hf_overrides": {}, "max_model_len": 4096, "hf_config": SimpleNamespace(architectures=["LlamaForCausalLM"])}
+    fields |= {
+        "hf_overrides": {},
+        "max_model_len": 4096,
+        "hf_config": SimpleNamespace(architectures=["LlamaForCausalLM"]),
+    }
     return SimpleNamespace(
         cache_config=SimpleNamespace(
             enable_prefix_caching=caching, cache_dtype="auto", prefix_caching_hash_algo=algorithm

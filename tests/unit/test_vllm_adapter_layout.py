@@ -40,7 +40,11 @@ def fill(tensors, blocks=B):
         tensor.copy_(values)
         count += tensor.numel()
     return [
-        sorted(x for tensor in tensors.values() for x in tensor.select(axis_of_blocks(tensor, blocks), b).flatten().tolist())
+        sorted(
+            x
+            for tensor in tensors.values()
+            for x in tensor.select(axis_of_blocks(tensor, blocks), b).flatten().tolist()
+        )
         for b in range(blocks)
     ]
 

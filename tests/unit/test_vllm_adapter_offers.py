@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
 
-from kvmarket.registry.records import block_key  # noqa: E402
-from kvmarket_vllm.messages import StepPlan  # noqa: E402
-from kvmarket_vllm.offers import GROUP_SUFFIX, Offers  # noqa: E402
+from kvmarket.registry.records import block_key
+from kvmarket_vllm.messages import StepPlan
+from kvmarket_vllm.offers import GROUP_SUFFIX, Offers
 
 BLOCK = 4
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.metrics")
 prometheus = pytest.importorskip("prometheus_client")
 
 from kvmarket.config import MarketConfig  # noqa: E402
-from kvmarket.errors import RegistryUnavailableError  # noqa: E402
+from kvmarket.errors import ConfigError, RegistryUnavailableError  # noqa: E402
 from kvmarket.fetch import Outcome  # noqa: E402
 from kvmarket.region.pages import PagedMemory  # noqa: E402
 from kvmarket.registry import LookupResult  # noqa: E402
@@ -163,14 +163,45 @@ def test_opening_waits_a_while_and_goes_on_without(monkeypatch, caplog):
     assert not opening.failed
 
 
-def test_an_opening_that_fails_says_so(caplog):
+def test_an_opening_that_fails_for_good_says_so(caplog):
     def fail():
-        raise RegistryUnavailableError("no room")
+        raise ConfigError("not a place for it")
 
     opening = Opening(fail)
     assert opening.get() is None
     assert opening.failed
-    assert "kvmarket is off for this replica: no room" in caplog.text
+    assert "kvmarket is off for this replica: not a place for it" in caplog.text
+    assert opening.finish(1.0) is None
+
+
+def test_an_opening_that_fails_for_now_is_tried_again(caplog, monkeypatch):
+    monkeypatch.setattr(opening_module, "RETRY_S", 0.01)
+    tries = []
+
+    def fail_twice():
+        tries.append(1)
+        if len(tries) < 3:
+            raise RegistryUnavailableError("somebody holds it")
+        return "market"
+
+    opening = Opening(fail_twice)
+    end = time.monotonic() + 5
+    while opening.get() is None and time.monotonic() < end:
+        assert opening.failed or len(tries) == 3
+        time.sleep(0.002)
+    assert opening.get() == "market"
+    assert not opening.failed
+    assert caplog.text.count("off for this replica until this passes: somebody holds it") == 1
+
+
+def test_shutting_down_ends_the_tries(monkeypatch):
+    def fail():
+        raise RegistryUnavailableError("gone")
+
+    opening = Opening(fail)
+    began = time.monotonic()
+    assert opening.finish(5.0) is None
+    assert time.monotonic() - began < 4.0
 
 
 # ---- counters
@@ -212,7 +243,7 @@ def test_everything_counted_appears_in_the_metrics():
         return registry.get_sample_value(f"vllm:kvmarket_{name}_total", {"model_name": "m", "engine": engine, **labels})
 
     assert {value(name, engine) for name in COUNTERS for engine in "01"} == {0.0}
-    metrics.observe({name: 2 for name in COUNTERS}, engine_idx=1)
+    metrics.observe(dict.fromkeys(COUNTERS, 2), engine_idx=1)
     metrics.observe({f"{name}{{{label}=x=y}}": 3 for name, (label, _) in LABELLED.items()})
     metrics.observe({"of a later version": 1, "lookups": 1})
     assert {value(name, "1") for name in COUNTERS} == {2.0}
@@ -238,3 +269,23 @@ def test_a_load_that_failed_on_one_rank_is_never_asked_for_again():
     assert role._loading == {}
     role._forget_request("unlucky")
     assert role._failed == set()
+
+
+def test_a_reset_that_the_registry_missed_is_made_up_for():
+    engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
+    role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
+    assert role.reset()  # nothing was ever opened: there is nothing to forget
+    bumped = []
+    core = SimpleNamespace(bump_epoch=lambda: bumped.append(1))
+    opened = [None]
+    role._opening = SimpleNamespace(get=lambda: opened[0], failed=False)
+    assert not role.reset()  # it may be there any moment, with what a worker has published
+    role._opening.failed = True
+    assert role.reset()
+    assert not bumped
+    opened[0] = {RANK: core}
+    for _ in range(2):
+        role._cores()
+    assert bumped == [1]
+    assert role.reset()
+    assert bumped == [1, 1]
