@@ -1,4 +1,4 @@
-"""Has that work on the GPU ended? One question for the events and streams of torch and cupy, without importing either."""
+"""Has that work on the GPU ended? One question for events and streams of torch and cupy, without importing either."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def completion(after: Any) -> Callable[[], bool]:
     """Return a function that tells whether `after` has passed, without waiting.
 
     Args:
-        after: a recorded event of torch or cupy; a stream of either, which means the work that it holds now; or a function
-            that returns True once the work has ended.
+        after: a recorded event of torch or cupy; a stream of either, which means the work that it holds now; or a
+            function that returns True once the work has ended.
 
     Raises:
         InvalidInputError: it is none of these.

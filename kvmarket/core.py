@@ -141,8 +141,8 @@ class MarketCore:
                 pages,
                 shared,
                 self.namespace.spec.fingerprint,
-                self._exports(pages),
-                default_digest(pages.kind),
+                exports=self._exports(pages),
+                digest=default_digest(pages.kind),
             )
             try:
                 self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvmarket.errors import InvalidInputError
 from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.pages import PageLayout
-from kvmarket.transport.cuda_runtime import cuda_bytes, load_cuda
+from kvmarket.transport.cuda_runtime import load_cuda
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ def cuda_pages(layout: PageLayout, tensors: Sequence[Any], after: Any = None) ->
 
 
 def packed_cuda_pages(tensor: Any, spec: KVCacheSpec, what: str = "kv") -> CudaPagedMemory:
-    """View one CUDA tensor, first axis blocks, as packed pages that are final once its current stream has come this far.
+    """View one CUDA tensor, first axis blocks, as packed pages that are free once the current stream has come this far.
 
     Args:
         tensor: uint8 or the spec's dtype, with `page_bytes` bytes per block.
@@ -71,3 +71,35 @@ def _recorded(tensor: Any) -> Any:
         return sys.modules["torch"].cuda.current_stream(tensor.device).record_event()
     with tensor.device:
         return sys.modules["cupy"].cuda.get_current_stream().record()
+
+
+def cuda_bytes(tensor: Any) -> Any:
+    """View the memory of a CUDA tensor as a flat uint8 array; nothing is copied.
+
+    Args:
+        tensor: a torch tensor on a GPU or a cupy array, dense in some order of its axes.
+
+    Raises:
+        InvalidInputError: it is neither, or has holes.
+        MissingExtraError: cupy is not installed.
+    """
+    cupy = load_cuda().cupy
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+        steps = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+        pointer, nbytes, device = tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.device.index
+    elif isinstance(tensor, cupy.ndarray):
+        strides = [stride // tensor.itemsize for stride in tensor.strides]
+        steps = sorted(zip(strides, tensor.shape, strict=True))
+        pointer, nbytes, device = tensor.data.ptr, tensor.nbytes, tensor.data.device_id
+    else:
+        raise InvalidInputError(f"expected a CUDA tensor of torch or a cupy array, not {type(tensor).__name__}")
+    dense = 1
+    for stride, size in steps:
+        if size > 1 and stride != dense:
+            raise InvalidInputError("the tensor has holes or overlaps: lend the tensor it is a view of")
+        dense *= size
+    if nbytes == 0:
+        raise InvalidInputError("the tensor is empty")
+    memory = cupy.cuda.UnownedMemory(pointer, nbytes, tensor, device)
+    return cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))

@@ -1,8 +1,8 @@
 """Page digests: one over the bytes of a page, segment by segment in page order, wherever they lie.
 
 `xxh3_128` is for pages in host memory. `sum128` is for pages on a GPU: a sum over 8-byte words, each mixed with its
-position, which thousands of threads compute in any order. Neither is made against an adversary: they find bytes that were
-torn, misplaced or damaged. What an owner used is in its region's descriptor.
+position, which thousands of threads compute in any order. Neither is made against an adversary: they find bytes that
+were torn, misplaced or damaged. What an owner used is in its region's descriptor.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sum128(data: bytes | np.ndarray) -> bytes:
 
 
 def sum128_final(sums: np.ndarray, nbytes: int) -> list[bytes]:
-    """Turn (n, 2) uint64 sums a, b of pages of `nbytes` into digests: m(a ^ nbytes), m(b + m(a ^ nbytes)), little-endian."""
+    """Turn (n, 2) uint64 sums a, b of pages of `nbytes` into digests: c = m(a ^ nbytes), m(b + c), little-endian."""
     first = _mix(sums[:, 0] ^ np.uint64(nbytes))
     second = _mix(sums[:, 1] + first)
     return [struct.pack("<QQ", int(x), int(y)) for x, y in zip(first, second, strict=True)]

@@ -160,7 +160,7 @@ class Fetcher:
         if local.kind not in connection.fills:
             outcome.reason = MissReason.UNREACHABLE
             kinds = " or ".join(sorted(connection.fills))
-            outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, and the target is {local.kind} memory"
+            outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, not into {local.kind} memory"
             return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
         verification = Verification(self._verify, run, local, targets, connection.digest)

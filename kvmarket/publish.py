@@ -47,7 +47,7 @@ POLL_S = 0.0001
 class _Job:
     """Blocks to announce, or (without `generations`) to withdraw.
 
-    With `after` the pages are not readable yet: `generations` are those under which `GenerationTable.reserve` holds them.
+    With `after` the pages are not readable yet: `generations` are those under which they are reserved until then.
     """
 
     keys: list[bytes]

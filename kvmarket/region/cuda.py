@@ -1,7 +1,7 @@
 """Pages in the memory of a GPU, how peers find them, and what the rest of kvmarket asks of CUDA.
 
-Nothing here imports a CUDA library: `kvmarket.transport.cuda_runtime` implements `CudaApi` on cupy, and tests implement it
-on host memory.
+Nothing here imports a CUDA library: `kvmarket.transport.cuda_runtime` implements `CudaApi` on cupy, and
+`kvmarket.testing.host_cuda` on host memory.
 """
 
 from __future__ import annotations

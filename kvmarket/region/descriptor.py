@@ -55,7 +55,8 @@ class RegionDescriptor:
             "probe": self.probe,
         }
         if self.kind != "host":
-            wire |= {"memory_kind": self.kind, "cuda": [address.as_list() for address in self.cuda], "digest": self.digest}
+            addresses = [address.as_list() for address in self.cuda]
+            wire |= {"memory_kind": self.kind, "cuda": addresses, "digest": self.digest}
         return wire
 
     @classmethod

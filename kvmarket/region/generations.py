@@ -58,7 +58,7 @@ class GenerationTable:
         return fresh
 
     def reserve(self, pages: np.ndarray) -> np.ndarray:
-        """Make `pages` unreadable, under new (odd) generations that are returned: until they change, nobody touched them."""
+        """Make `pages` unreadable, under new (odd) generations that are returned and stay until somebody acts."""
         fresh: np.ndarray = (self.values[pages] | np.uint64(1)) + np.uint64(2)
         self.values[pages] = fresh
         memory_fence()

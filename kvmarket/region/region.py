@@ -44,6 +44,7 @@ class LentRegion:
         pages: PagedMemory,
         shared: Sequence[SharedMemory],
         fingerprint: bytes,
+        *,
         exports: Exports | None = None,
         digest: str = "xxh3_128",
     ) -> None:

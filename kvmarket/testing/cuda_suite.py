@@ -1,10 +1,10 @@
 """`TransportConformance` for CUDA memory, on a real card or on the host's stand-in.
 
-    class TestOnCard(CudaConformance):
-        real = True
-        @pytest.fixture
-        def owner(self, peers):
-            return PeerCudaOwner(peers.spawn(), real=True)
+class TestOnCard(CudaConformance):
+    real = True
+    @pytest.fixture
+    def owner(self, peers):
+        return PeerCudaOwner(peers.spawn(), real=True)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CudaConformance(TransportConformance):
         return CudaIpcTransport(boot_id(), pid_namespace(), lambda: card.api)
 
     def during_copy(self, action: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-        where = "cuda_runtime._Transfer" if self.real else "host_cuda.HostTransfer"
+        where = "cuda_lanes.LaneTransfer" if self.real else "host_cuda.HostTransfer"
         return _after_first_wait(f"kvmarket.{'transport' if self.real else 'testing'}.{where}.wait", action)
 
     def unreachable(self, lent: Lent) -> list[tuple[Lent, str]]:

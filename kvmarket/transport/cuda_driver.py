@@ -55,9 +55,7 @@ class CudaDriver:
         try:
             self._lib = ctypes.CDLL(library)
         except OSError as error:
-            raise TransportUnavailableError(
-                f"no CUDA driver on this machine: {error}", scheme="cuda_ipc"
-            ) from error
+            raise TransportUnavailableError(f"no CUDA driver on this machine: {error}", scheme="cuda_ipc") from error
 
     def uuid(self, device: int) -> bytes:
         """Return the 16 bytes that name a card in every process. Needs no context."""
@@ -79,7 +77,9 @@ class CudaDriver:
             mempool=bool(self._attribute(_MEMPOOL_HANDLE, pointer)),
         )
 
-    def _attribute(self, attribute: int, pointer: int, kind: type[ctypes.c_uint64] | type[ctypes.c_int] = ctypes.c_uint64) -> int:
+    def _attribute(
+        self, attribute: int, pointer: int, kind: type[ctypes.c_uint64 | ctypes.c_int] = ctypes.c_uint64
+    ) -> int:
         value = kind()
         self._call("cuPointerGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_uint64(pointer))
         return value.value

@@ -1,8 +1,8 @@
-"""Between processes of one host, GPU to GPU: map the owner's allocations and copy all layers of many pages in one launch.
+"""Between processes of one host, GPU to GPU: map the owner's allocations, copy all layers of many pages in one launch.
 
 The generations stay in host memory. They are checked before a copy is launched and again after it has ended: the owner
-makes a page readable only behind the kernels that filled it, and unreadable before it launches one that overwrites it, so
-whatever a copy may have met of an overwriting kernel shows in the second check.
+makes a page readable only behind the kernels that filled it, and unreadable before it launches one that overwrites it,
+so whatever a copy may have met of an overwriting kernel shows in the second check.
 """
 
 from __future__ import annotations
@@ -46,10 +46,14 @@ class _Allocation:
 
 
 class PeerAllocations:
-    """Mappings of peers' allocations, each opened once per card. Thread-safe."""
+    """Mappings of peers' allocations, each opened once per card. Thread-safe.
+
+    Attributes:
+        api: the CUDA that opens them.
+    """
 
     def __init__(self, api: CudaApi) -> None:
-        self._api = api
+        self.api = api
         self._lock = threading.Lock()
         self._open: weakref.WeakValueDictionary[tuple[bytes, int, bytes, int], _Allocation] = (
             weakref.WeakValueDictionary()
@@ -61,7 +65,7 @@ class PeerAllocations:
         with self._lock:
             found = self._open.get(key)
             if found is None:
-                self._open[key] = found = _Allocation(self._api.open(address, device))
+                self._open[key] = found = _Allocation(self.api.open(address, device))
             return found
 
 
@@ -88,9 +92,10 @@ class CudaIpcTransport(Transport):
         if region is not None:  # one's own handles cannot be opened, and need not be
             if region.generations.probe != descriptor.probe:
                 raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
-            if not isinstance(region.pages, CudaPagedMemory):
-                self._refuse(owner, "the region is not in CUDA memory")
-            return CudaIpcConnection("kernel(same process)", region.generations.values, descriptor.digest, region.pages)
+            pages = region.pages
+            if not isinstance(pages, CudaPagedMemory):
+                raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
+            return CudaIpcConnection("kernel(same process)", region.generations.values, descriptor.digest, pages)
         if owner.boot_id != self._boot_id:
             self._refuse(owner, f"{owner.host} is another host")
         if owner.pid_namespace != self._pid_namespace:
@@ -125,11 +130,11 @@ class _PeerMemory:
 
     def __init__(self, allocations: PeerAllocations, owner: OwnerInfo, descriptor: RegionDescriptor) -> None:
         self._allocations, self._owner, self._descriptor = allocations, owner, descriptor
-        self._api = allocations._api  # noqa: SLF001 - one module
-        device = self._api.ordinal(descriptor.cuda[0].device)
+        self._api = api = allocations.api
+        device = api.ordinal(descriptor.cuda[0].device)
         if device is None:
-            self._refuse("this process does not see the owner's card; let CUDA_VISIBLE_DEVICES name it, too")
-        self.device: int = device
+            raise self._refusal("this process does not see the owner's card; let CUDA_VISIBLE_DEVICES name it, too")
+        self.device = device
         self._lock = threading.Lock()
         self._views: dict[int, CudaPagedMemory] = {}
         self._kept: list[_Allocation] = []
@@ -148,7 +153,7 @@ class _PeerMemory:
 
     def _map(self, device: int) -> CudaPagedMemory:
         if not self._api.peer_access(device, self.device):
-            self._refuse(f"cards {device} and {self.device} have no peer access to each other")
+            raise self._refusal(f"cards {device} and {self.device} have no peer access to each other")
         probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
         if self._api.download(probe) != self._descriptor.probe:
             raise PeerGoneError("the probe read other bytes than the owner announced", scheme="cuda_ipc")
@@ -159,8 +164,8 @@ class _PeerMemory:
         self._kept.append(allocation)
         return allocation.array[address.offset : address.offset + address.nbytes]
 
-    def _refuse(self, why: str) -> None:
-        raise TransportUnavailableError(why, scheme="cuda_ipc", peer=str(self._owner))
+    def _refusal(self, why: str) -> TransportUnavailableError:
+        return TransportUnavailableError(why, scheme="cuda_ipc", peer=str(self._owner))
 
 
 class CudaIpcConnection(Connection):
@@ -204,9 +209,7 @@ class CudaIpcConnection(Connection):
         try:
             while reading.in_flight or started < total:
                 while (
-                    started < total
-                    and len(reading.in_flight) < IN_FLIGHT
-                    and not (reading.refused or deadline.expired)
+                    started < total and len(reading.in_flight) < IN_FLIGHT and not (reading.refused or deadline.expired)
                 ):
                     reading.begin(started, min(started + group, total))
                     started += group

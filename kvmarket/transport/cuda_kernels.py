@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from kvmarket.region.pages import PageLayout, Segment
 
 WARP = 32
+VECTOR_BYTES = 16
 BLOCK_THREADS = 256
 WIDE_VECTORS = 2
-WIDE_BYTES = BLOCK_THREADS * 16 * WIDE_VECTORS
+WIDE_BYTES = BLOCK_THREADS * VECTOR_BYTES * WIDE_VECTORS
 """Each thread of a block has `WIDE_VECTORS` loads of 16 bytes in flight before it stores."""
 SLICE_BYTES = 4096
 """What a warp takes at most."""
 
-SLICE = np.dtype(
-    [("source", "u8"), ("target", "u8"), ("source_stride", "u8"), ("target_stride", "u8"), ("nbytes", "u4"), ("width", "u4")]
-)
-"""A row of the copy table: addresses of the slice in page 0, bytes from page to page, and the widest access in bytes."""
+_ADDRESSES = ("source", "target", "source_stride", "target_stride")
+SLICE = np.dtype([*((name, "u8") for name in _ADDRESSES), ("nbytes", "u4"), ("width", "u4")])
+"""A row of the copy table: addresses of the slice in page 0, bytes from page to page, widest access in bytes."""
 SPAN = np.dtype([("base", "u8"), ("stride", "u8"), ("word", "u4"), ("words", "u4")])
 """A row of the digest table: where the words of a span are in page 0, and the number of the first one in its page."""
 
@@ -150,7 +150,7 @@ def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.nd
     """Return the table for memories at address 0, and the memory numbers of each slice, source and target."""
     pieces = copy_plan(source, target)
     widths = [_width(a, b, aligned) for a, b in pieces]
-    wide = all(w == 16 and a.nbytes % WIDE_BYTES == 0 for (a, _), w in zip(pieces, widths, strict=True))
+    wide = all(w == VECTOR_BYTES and a.nbytes % WIDE_BYTES == 0 for (a, _), w in zip(pieces, widths, strict=True))
     rows: list[tuple[int, int, int, int, int, int]] = []
     memories: list[tuple[int, int]] = []
     for (a, b), width in zip(pieces, widths, strict=True):
@@ -165,11 +165,11 @@ def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.nd
 
 def _width(source: Segment, target: Segment, aligned: int) -> int:
     steps = (aligned, source.offset, target.offset, source.stride, target.stride)
-    return next(width for width in (16, 4, 1) if not any(step % width for step in steps))
+    return next(width for width in (VECTOR_BYTES, 4, 1) if not any(step % width for step in steps))
 
 
 def _cuts(nbytes: int, width: int, most: int) -> list[tuple[int, int]]:
-    """Cut a piece into (offset, length) of at most `most` bytes, each a multiple of `width` but for a short last one."""
+    """Cut a piece into (offset, length) of at most `most` bytes, multiples of `width` but for a short last one."""
     whole = nbytes - nbytes % width
     cuts = [(at, min(most, whole - at)) for at in range(0, whole, most)]
     return cuts if whole == nbytes else [*cuts, (whole, nbytes - whole)]
@@ -179,8 +179,8 @@ def digest_table(layout: PageLayout, bases: Sequence[int]) -> np.ndarray | None:
     """Cut the digest of one page into spans of at most `SLICE_BYTES`.
 
     Returns:
-        (spans,) of `SPAN`, or None when some word of a page is not an aligned 8-byte word of one segment: such pages are
-        copied to a packed place first.
+        (spans,) of `SPAN`, or None when some word of a page is not an aligned 8-byte word of one segment: such pages
+        are copied to a packed place first.
     """
     if alignment(bases) < WORD_BYTES:
         return None

@@ -127,7 +127,7 @@ def overwrite(state, runtime_dir, seconds):
             index = torch.tensor(chosen, device="cuda")
             values = (index * 65536 + version % 65536).to(torch.int32)[:, None]
             pool[index, :half] = values
-            torch.cuda._sleep(200_000 if version % 8 else 10_000_000)  # now and then beyond a turn on the card
+            torch.cuda._sleep(400_000)
             pool[index, half:] = values
             publisher.offer([keys[page] for page in chosen], chosen, after=stream)
             chosen = rng.permutation(STRESS_PAGES)[: int(rng.integers(1, 9))].tolist()

@@ -1,7 +1,10 @@
 """Publishing and fetching between processes on a card: through the registry, with torch's tensors, in place."""
 
+import threading
 import time
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import gpu_jobs as jobs
 import numpy as np
@@ -12,6 +15,7 @@ from kvmarket.core import MarketCore
 from kvmarket.cuda import cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.errors import InvalidInputError
+from kvmarket.region.pages import PagedMemory, PageLayout
 from kvmarket.report import MissReason
 
 PAGES = 40
@@ -40,8 +44,10 @@ def reader(runtime_dir):
 
 
 def fetch(core, torch, count, salt=b"", local_pages=None):
-    tensors = [torch.zeros((2, PAGES, jobs.TOKENS, jobs.HEADS, jobs.WIDTH), dtype=torch.float16, device="cuda")
-               for _ in range(jobs.LAYERS)]
+    tensors = [
+        torch.zeros((2, PAGES, jobs.TOKENS, jobs.HEADS, jobs.WIDTH), dtype=torch.float16, device="cuda")
+        for _ in range(jobs.LAYERS)
+    ]
     torch.cuda.synchronize()
     found, reason, detail = core.fetcher.lookup(jobs.keys_of(count, salt))
     local = cuda_pages(jobs.engine_layout(PAGES), tensors)
@@ -124,8 +130,6 @@ def test_the_owner_may_die_at_any_moment(publisher, reader, torch):
 
 
 def test_a_host_target_is_a_miss_that_says_why(publisher, reader):
-    from kvmarket.region.pages import PagedMemory
-
     publisher.call(jobs.offer, [0, 1])
     core = reader()
     found, _, _ = core.fetcher.lookup(jobs.keys_of(2))
@@ -154,48 +158,85 @@ def test_two_markets_of_one_process_share_without_a_handle(reader, torch):
     assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
 
 
+class Overwritten:
+    """Reads pages that somebody overwrites all the time, and counts what came of it. Generations alone protect it."""
+
+    def __init__(self, torch, runtime_dir):
+        self.torch, spec = torch, jobs.stress_spec()
+        config = MarketConfig(runtime_dir=str(runtime_dir), registry_bytes=16 << 20, verify="none")
+        self.core = MarketCore(jobs.namespace(spec), config)
+        self.keys, self.rng = jobs.keys_of(jobs.STRESS_PAGES), np.random.default_rng(2)
+        self.out = torch.zeros((jobs.STRESS_PAGES, jobs.STRESS_WORDS), dtype=torch.int32, device="cuda")
+        torch.cuda.synchronize()
+        self.local = cuda_pages(PageLayout.packed(jobs.STRESS_PAGES, spec.page_bytes), [self.out])
+        self.fetches = self.adopted = self.wrong = self.mixed = 0
+
+    def fetch(self):
+        chosen = self.rng.permutation(jobs.STRESS_PAGES)[: int(self.rng.integers(1, jobs.STRESS_PAGES + 1))]
+        found, _, _ = self.core.fetcher.lookup([self.keys[page] for page in chosen])
+        local = self.local
+        if self.fetches % 2:  # the copy starts up to 3 ms behind the first look at the generations
+            self.torch.cuda._sleep(int(self.rng.integers(1, 5_000_000)))
+            local = replace(local, after=self.torch.cuda.current_stream().record_event())
+        blocks = self.core.fetcher.read(found, local, np.arange(found.blocks), Deadline(5)).blocks
+        low, high = self.out.amin(1), self.out.amax(1)
+        uniform, first = (low == high).cpu().numpy(), low.cpu().numpy()
+        self.wrong += int((~uniform[:blocks]).sum() + (first[:blocks] >> 16 != chosen[:blocks]).sum())
+        self.mixed += int((~uniform[blocks : found.blocks]).sum())
+        self.adopted += blocks
+        self.fetches += 1
+        self.out.fill_(-1)  # what is found there next time was read then
+        self.torch.cuda.current_stream().synchronize()
+
+    def run(self, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end or (not self.adopted and time.monotonic() < end + 20):
+            self.fetch()
+
+    def close(self):
+        counted = self.core.metrics.snapshot()
+        self.core.close()
+        self.torn = counted.get("blocks_refused{reason=torn}", 0)
+        self.stale = counted.get("blocks_refused{reason=stale_generation}", 0)
+
+    def __str__(self):
+        return (
+            f"{self.fetches} fetches, {self.adopted} pages adopted, {self.wrong} of them wrong, {self.torn:.0f} torn "
+            f"and {self.stale:.0f} stale refused, {self.mixed} pages not adopted held mixed bytes"
+        )
+
+
 @pytest.mark.timeout(240)
 def test_pages_overwritten_while_they_are_read_are_never_adopted_torn(peers, runtime_dir, torch, request, capsys):
-    """For `--stress-s` seconds, with generations alone: no digest helps.
-
-    The kernels of two processes take turns on a card, so half of the copies are held back between the first look at the
-    generations and the start: then they do meet kernels that overwrite.
-    """
+    """Two processes, for `--stress-s` seconds. Their kernels take turns on the card."""
     seconds = request.config.getoption("--stress-s")
     writer = peers.spawn()
     writer.start(jobs.overwrite, str(runtime_dir), seconds)
-    spec = jobs.stress_spec()
-    config = MarketConfig(runtime_dir=str(runtime_dir), registry_bytes=16 << 20, verify="none")
-    core = MarketCore(jobs.namespace(spec), config)
-    keys, rng = jobs.keys_of(jobs.STRESS_PAGES), np.random.default_rng(2)
-    out = torch.zeros((jobs.STRESS_PAGES, jobs.STRESS_WORDS), dtype=torch.int32, device="cuda")
-    torch.cuda.synchronize()
-    local = cuda_pages(jobs.PageLayout.packed(jobs.STRESS_PAGES, spec.page_bytes), [out])
-    adopted = wrong = mixed = fetches = 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or (not adopted and time.monotonic() < end + 20):
-        chosen = rng.permutation(jobs.STRESS_PAGES)[: int(rng.integers(1, jobs.STRESS_PAGES + 1))]
-        found, _, _ = core.fetcher.lookup([keys[page] for page in chosen])
-        if fetches % 2:  # the copy starts up to 3 ms behind the first look at the generations
-            torch.cuda._sleep(int(rng.integers(1, 5_000_000)))
-            local = replace(local, after=torch.cuda.current_stream().record_event())
-        outcome = core.fetcher.read(found, local, np.arange(found.blocks), Deadline(5))
-        fetches += 1
-        low, high = out.amin(1), out.amax(1)
-        uniform, first = (low == high).cpu().numpy(), low.cpu().numpy()
-        good = np.arange(outcome.blocks)
-        wrong += int((~uniform[good]).sum() + (first[good] >> 16 != chosen[good]).sum())
-        mixed += int((~uniform[outcome.blocks : found.blocks]).sum())
-        adopted += outcome.blocks
+    reader = Overwritten(torch, runtime_dir)
+    reader.run(seconds)
     versions = writer.result(timeout_s=60)
-    refused = core.metrics.snapshot()
-    core.close()
-    torn = refused.get("blocks_refused{reason=torn}", 0)
-    stale = refused.get("blocks_refused{reason=stale_generation}", 0)
+    reader.close()
     with capsys.disabled():
-        print(f"\nstress: {seconds:.0f} s, {versions} rewrites, {fetches} fetches, {adopted} pages adopted, {wrong} of "
-              f"them wrong, {torn:.0f} torn and {stale:.0f} stale refused, {mixed} refused pages held mixed bytes")
-    assert wrong == 0
-    assert adopted > 1000
-    assert torn > 0
+        print(f"\nstress, two processes: {seconds:.0f} s, {versions} rewrites, {reader}")
+    assert reader.wrong == 0
+    assert reader.adopted > 1000
+    assert reader.torn > 0
 
+
+@pytest.mark.timeout(240)
+def test_kernels_that_overwrite_during_the_copy_are_caught(runtime_dir, torch, request, capsys):
+    """One process, for a quarter of `--stress-s`: kernels of two streams of one context do run at the same time."""
+    seconds, versions = request.config.getoption("--stress-s") / 4, []
+    work = partial(jobs.overwrite, SimpleNamespace(), str(runtime_dir), seconds)
+    writer = threading.Thread(target=lambda: versions.append(work()))
+    writer.start()
+    reader = Overwritten(torch, runtime_dir)
+    reader.run(seconds)
+    writer.join()
+    reader.close()
+    with capsys.disabled():
+        print(f"\nstress, one process: {seconds:.0f} s, {versions} rewrites, {reader}")
+    assert reader.wrong == 0
+    assert reader.adopted > 100
+    assert reader.torn > 0
+    assert reader.mixed > 0, "no copy met a kernel that overwrites: the test shows nothing"

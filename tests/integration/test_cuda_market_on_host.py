@@ -1,4 +1,4 @@
-"""Markets over CUDA memory, with host memory in the place of the card's: registry, choice of transport, events, digests."""
+"""Markets over CUDA memory, with host memory in its place: registry, choice of transport, events, digests."""
 
 import threading
 import time
@@ -24,7 +24,9 @@ SPEC = KVCacheSpec(2, 2, 8, "float16", 4, layout="LKNHC")
 HALF = SPEC.page_bytes // 4
 SPACE = Namespace(ModelIdentity("m"), SPEC, "sha256")
 KEYS = block_keys([bytes([i]) * 32 for i in range(PAGES)])
-LAYOUT = PageLayout(PAGES, tuple(Segment(layer, kv * PAGES * HALF, HALF, HALF) for layer in range(2) for kv in range(2)))
+LAYOUT = PageLayout(
+    PAGES, tuple(Segment(layer, kv * PAGES * HALF, HALF, HALF) for layer in range(2) for kv in range(2))
+)
 
 
 def pages_on(api, seed):
@@ -90,7 +92,9 @@ def same_bytes(local, expected, count):
     ("settings", "verified"),
     [({}, {2, 3}), ({"transport": "cuda_ipc", "verify": "full"}, {PAGES}), ({"verify": "none"}, {0})],
 )
-def test_blocks_travel_between_processes(peers, runtime_dir, api, open_core, settings, verified):
+def test_blocks_travel_between_processes(  # noqa: PLR0917 - fixtures
+    peers, runtime_dir, api, open_core, settings, verified
+):
     peers.spawn().call(publish, str(runtime_dir))
     local, expected = pages_on(api, 2), pages_on(api, 1)
     outcome = fetch(open_core(**settings), local)

@@ -1,4 +1,4 @@
-"""The tables that the CUDA kernels work off, worked off here on host memory; and digests that any order of adding gives."""
+"""The tables that the CUDA kernels work off, worked off here on host memory, and the digests that they add up."""
 
 import ctypes
 
@@ -9,7 +9,15 @@ from kvmarket.digest import page_digests, sum128, sum128_final
 from kvmarket.errors import InvalidInputError
 from kvmarket.region.pages import PagedMemory, PageLayout, Segment, copy_pages
 from kvmarket.testing.region_owner import make_memory, page_bytes_of, random_layout
-from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SLICE, SLICE_BYTES, SPAN, WIDE_BYTES, copy_table, digest_table
+from kvmarket.transport.cuda_kernels import (
+    BLOCK_THREADS,
+    SLICE,
+    SLICE_BYTES,
+    SPAN,
+    WIDE_BYTES,
+    copy_table,
+    digest_table,
+)
 
 PAGES = 6
 
@@ -116,7 +124,10 @@ def test_working_off_a_digest_table_gives_sum128_whatever_the_layout(seed):
         for row in table[rng.permutation(len(table))]:
             at = int(row["base"]) + page * int(row["stride"])
             found = np.ctypeslib.as_array((ctypes.c_uint64 * int(row["words"])).from_address(at))
-            t = np.array([mix(int(w) ^ (int(row["word"]) + i + 1) * 0x9E3779B97F4A7C15 % 2**64) for i, w in enumerate(found)], np.uint64)
+            t = np.array(
+                [mix(int(w) ^ (int(row["word"]) + i + 1) * 0x9E3779B97F4A7C15 % 2**64) for i, w in enumerate(found)],
+                np.uint64,
+            )
             index = np.arange(int(row["word"]), int(row["word"]) + len(t), dtype=np.uint64)
             a = (np.array([a]) + t.sum(dtype=np.uint64))[0]
             b = (np.array([b]) + (t * (index * np.uint64(0xD6E8FEB86659FD93) | np.uint64(1))).sum(dtype=np.uint64))[0]

@@ -1,0 +1,233 @@
+"""What the cards do: copies and digests of pages, each a launch or two on a stream of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmarket.digest import WORD_BYTES, sum128_final
+from kvmarket.errors import TransferError
+from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.pages import PageLayout, Segment
+from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SOURCE, WARP, copy_table, digest_table
+from kvmarket.transport.cuda_lanes import SCHEME, Lane, LaneTransfer, current_device, event_handle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmarket.region.cuda import CudaTransfer
+
+TABLES_MAX = 256
+"""Copy tables kept on the cards."""
+PACK_BYTES_MAX = 64 << 20
+"""Scratch for digests of pages that are not made of aligned words."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table on a card, and the kernel that goes by it with `threads` threads for each row and page."""
+
+    memory: Any
+    address: int
+    rows: int
+    kernel: str
+    threads: int
+
+
+class CardWork:
+    """Kernels, lanes and tables of all cards of this process. Thread-safe.
+
+    Args:
+        cupy: the module.
+        devices: how many cards there are.
+    """
+
+    def __init__(self, cupy: Any, devices: int) -> None:
+        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+        module = cupy.RawModule(code=SOURCE, options=("--std=c++17",))
+        self._kernels = {name: module.get_function(name) for name in ("copy_wide", "copy_any", "sum_pages")}
+        self._lock = threading.Lock()
+        self._idle: dict[int, list[Lane]] = {device: [] for device in range(devices)}
+        self._tables: OrderedDict[tuple[Any, ...], tuple[PageLayout, PageLayout | None, _Table]] = OrderedDict()
+
+    def copy(
+        self,
+        source: CudaPagedMemory,
+        source_pages: np.ndarray,
+        target: CudaPagedMemory,
+        target_pages: np.ndarray,
+        digest: np.ndarray | None = None,
+    ) -> CudaTransfer:
+        """See `CudaApi.copy`."""
+        source.layout.check_pages(source_pages)
+        target.layout.check_pages(target_pages)
+        device, digest = target.device, digest if digest is not None and len(digest) else None
+        finish: Callable[[Lane], list[bytes]] | None = None
+        with current_device(self._runtime, device):
+            lane = self._lane(device)
+            try:
+                table = self._copy_table(source, target, lane)
+                words = None if digest is None else self._digest_table(target, lane)
+                pairs, numbers = _pairs(source_pages, target_pages), np.empty(0, np.uint64)
+                if words is not None and digest is not None:
+                    numbers = digest.astype(np.uint64)
+                sums = np.zeros((len(numbers), 2), np.uint64)
+                at = lane.load(sums, pairs, numbers)  # in this order the pairs are aligned to 16 bytes
+                pages = at + sums.nbytes
+                if target.after is not None:
+                    self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
+                with lane.stream:
+                    self._launch(table, pages, len(source_pages))
+                    if words is not None:
+                        finish = self._launch_sums(
+                            words, lane, pages + pairs.nbytes, len(numbers), target.layout.page_bytes
+                        )
+                lane.event.record(lane.stream)
+            except self._runtime.CUDARuntimeError as error:
+                raise TransferError(f"a copy cannot be launched: {error}", scheme=SCHEME) from error
+        if digest is not None and finish is None:  # its pages are not made of aligned words
+            return LaneTransfer(lane, self._idle[device], (source, target), lambda _: self.digests(target, digest))
+        return LaneTransfer(lane, self._idle[device], (source, target), finish)
+
+    def _launch_sums(
+        self, table: _Table, lane: Lane, numbers: int, count: int, page_bytes: int
+    ) -> Callable[[Lane], list[bytes]]:
+        """Launch the digests of `count` pages whose numbers are at `numbers`; their sums, all zero, begin the lane.
+
+        Returns:
+            What makes digests of the sums, once they are in the lane's host memory.
+        """
+        nbytes, at = 16 * count, int(lane.device.ptr)
+        self._launch(table, numbers, count, np.uint64(at))
+        kind = self._runtime.memcpyDeviceToHost
+        self._runtime.memcpyAsync(lane.host.ctypes.data, at, nbytes, kind, lane.stream.ptr)
+        return lambda lane: sum128_final(lane.host[:nbytes].view(np.uint64).reshape(-1, 2), page_bytes)
+
+    def launcher(
+        self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
+    ) -> Callable[[], None]:
+        """Return what launches the kernel of `copy`, and nothing else, on cupy's current stream: to time it."""
+        lane = Lane(self._cupy)
+        table = self._copy_table(source, target, lane)
+        lane.load(_pairs(source_pages, target_pages))
+        lane.stream.synchronize()
+        return lambda: self._launch(table, lane.device.ptr, len(source_pages))
+
+    def _launch(self, table: _Table, pages: int, count: int, *more: np.generic) -> None:
+        """Launch the kernel of a table on the current stream, for `count` pages whose numbers are at `pages`."""
+        groups = table.rows * count
+        grid = -(-groups * table.threads // BLOCK_THREADS)
+        args = (np.uint64(table.address), np.uint32(count), np.uint64(pages), np.uint32(groups), *more)
+        self._kernels[table.kernel]((grid,), (BLOCK_THREADS,), args)
+
+    def _lane(self, device: int) -> Lane:
+        try:
+            return self._idle[device].pop()  # one operation of list: needs no lock
+        except IndexError:
+            return Lane(self._cupy)
+
+    def _copy_table(self, source: CudaPagedMemory, target: CudaPagedMemory, lane: Lane) -> _Table:
+        """Return the copy table of two memories, on the card of `target`."""
+
+        def make() -> tuple[np.ndarray, str, int]:
+            rows, wide = copy_table(source.layout, source.pointers, target.layout, target.pointers)
+            return rows, "copy_wide" if wide else "copy_any", BLOCK_THREADS if wide else WARP
+
+        key = (target.device, source.pointers, target.pointers)
+        table = self._table(key, source.layout, target.layout, lane, make)
+        assert table is not None  # noqa: S101 - every two layouts of one page size can be copied
+        return table
+
+    def _digest_table(self, memory: CudaPagedMemory, lane: Lane) -> _Table | None:
+        """Return the digest table of a memory, on its card, or None: see `digest_table`."""
+
+        def make() -> tuple[np.ndarray, str, int] | None:
+            rows = digest_table(memory.layout, memory.pointers)
+            return None if rows is None else (rows, "sum_pages", WARP)
+
+        return self._table((memory.device, memory.pointers), memory.layout, None, lane, make)
+
+    def _table(
+        self,
+        key: tuple[Any, ...],
+        first: PageLayout,
+        second: PageLayout | None,
+        lane: Lane,
+        make: Callable[[], tuple[np.ndarray, str, int] | None],
+    ) -> _Table | None:
+        with self._lock:
+            found = self._tables.get(key)
+            if found is not None and found[0] == first and found[1] == second:
+                self._tables.move_to_end(key)
+                return found[2]
+        made = make()
+        if made is None:
+            return None
+        rows, kernel, threads = made
+        memory = self._cupy.cuda.Memory(rows.nbytes)
+        staged, kind = lane.load(rows), self._runtime.memcpyDeviceToDevice
+        self._runtime.memcpyAsync(memory.ptr, staged, rows.nbytes, kind, lane.stream.ptr)
+        lane.stream.synchronize()  # it is used from other lanes, too
+        table = _Table(memory, memory.ptr, len(rows), kernel, threads)
+        with self._lock:
+            self._tables[key] = (first, second, table)
+            while len(self._tables) > TABLES_MAX:
+                self._tables.popitem(last=False)
+        return table
+
+    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
+        """See `CudaApi.digests`."""
+        memory.layout.check_pages(pages)
+        if not len(pages):
+            return []
+        with current_device(self._runtime, memory.device):
+            return self._sums(memory, pages, memory.layout.page_bytes) or self._packed_digests(memory, pages)
+
+    def _sums(self, memory: CudaPagedMemory, pages: np.ndarray, page_bytes: int) -> list[bytes]:
+        """Digest pages in place, or return nothing when they are not made of aligned words."""
+        device = memory.device
+        lane = self._lane(device)
+        try:
+            table = self._digest_table(memory, lane)
+            if table is None:
+                self._idle[device].append(lane)
+                return []
+            sums = np.zeros((len(pages), 2), np.uint64)
+            at = lane.load(sums, pages.astype(np.uint64))
+            with lane.stream:
+                finish = self._launch_sums(table, lane, at + sums.nbytes, len(pages), page_bytes)
+            lane.event.record(lane.stream)
+            lane.wait()
+        except self._runtime.CUDARuntimeError as error:
+            raise TransferError(f"digests cannot be computed: {error}", scheme=SCHEME) from error
+        digests = finish(lane)
+        self._idle[device].append(lane)
+        return digests
+
+    def _packed_digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
+        page_bytes, device = memory.layout.page_bytes, memory.device
+        padded = -(-page_bytes // WORD_BYTES) * WORD_BYTES
+        count = max(1, min(len(pages), PACK_BYTES_MAX // padded))
+        with current_device(self._runtime, device):
+            place = memory.api.allocate(count * padded, device)
+            self._runtime.memset(memory.api.pointer(place), 0, count * padded)
+            self._runtime.deviceSynchronize()
+            scratch = CudaPagedMemory(PageLayout(count, (Segment(0, 0, padded, page_bytes),)), (place,), memory.api)
+            words = CudaPagedMemory(PageLayout.packed(count, padded), (place,), memory.api)
+            found: list[bytes] = []
+            for start in range(0, len(pages), count):
+                chosen = pages[start : start + count]
+                slots = np.arange(len(chosen))
+                self.copy(memory, chosen, scratch, slots).wait()
+                found += self._sums(words, slots, page_bytes)
+        return found
+
+
+def _pairs(source_pages: np.ndarray, target_pages: np.ndarray) -> np.ndarray:
+    pairs = np.empty((len(source_pages), 2), np.uint64)
+    pairs[:, 0], pairs[:, 1] = source_pages, target_pages
+    return pairs
