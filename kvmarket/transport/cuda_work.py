@@ -48,8 +48,8 @@ class CardWork:
 
     def __init__(self, cupy: Any, devices: int) -> None:
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
-        module = cupy.RawModule(code=SOURCE, options=("--std=c++17",))
-        self._kernels = {name: module.get_function(name) for name in ("copy_wide", "copy_any", "sum_pages")}
+        self._module = cupy.RawModule(code=SOURCE, options=("--std=c++17",))
+        self._kernels: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._idle: dict[int, list[Lane]] = {device: [] for device in range(devices)}
         self._tables: OrderedDict[tuple[Any, ...], tuple[PageLayout, PageLayout | None, _Table]] = OrderedDict()
@@ -122,6 +122,8 @@ class CardWork:
         groups = table.rows * count
         grid = -(-groups * table.threads // BLOCK_THREADS)
         args = (np.uint64(table.address), np.uint32(count), np.uint64(pages), np.uint32(groups), *more)
+        if table.kernel not in self._kernels:  # compiled here, where the card that needs it is current
+            self._kernels[table.kernel] = self._module.get_function(table.kernel)
         self._kernels[table.kernel]((grid,), (BLOCK_THREADS,), args)
 
     def _lane(self, device: int) -> Lane:
