@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmarket.config import default_runtime_dir
 from kvmarket.region.memory import private_huge_pages
 
 REST_S = 0.005
-"""Between operations: what is measured starts on an idle machine, as a fetch of a service does, not in the wake of others."""
+"""Between operations, so that each starts on an idle machine and not in the wake of the one before."""
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 def log(message: str) -> None:
     """Say how far it is; standard output is for results."""
     print(message, file=sys.stderr, flush=True)
+
+
+def in_memory() -> str | None:
+    """Return a directory that is kept in memory, or None where the system has none."""
+    shm = default_runtime_dir().parent
+    return str(shm) if shm.name == "shm" else None
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

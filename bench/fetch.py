@@ -7,8 +7,8 @@ Every figure is a ratio to one thread's memcpy of as many bytes, taken in the sa
     scattered the fetcher's read into scattered pages: random ones, and for large pages one run per layer and K/V
     fetch     the whole `await marketplace.fetch(tokens)`: hashing, look-up, read, digests, liveness, report
 
-Cases: 64 MiB as 32 pages of 2 MiB and as 2,048 pages of 32 KiB that lie in order; 1,000 pages of 32 KiB in random places
-of a 128 MiB pool; one page of 4 KiB for the latency. Blocks are 16 tokens, hashed with SHA-256.
+Cases: 64 MiB as 32 pages of 2 MiB and as 2,048 pages of 32 KiB that lie in order; 1,000 pages of 32 KiB in random
+places of a 128 MiB pool; one page of 4 KiB for the latency. Blocks are 16 tokens, hashed with SHA-256.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import MemcpyReference, Samples, finish, interleave, log, percentile, timed
+from common import MemcpyReference, Samples, finish, in_memory, interleave, log, percentile, timed
 
 from kvmarket import FetchReport, KVCacheSpec, MarketConfig, Marketplace
 from kvmarket.deadline import Deadline
@@ -275,7 +274,7 @@ def _main() -> None:
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="only this case")
     args = parser.parse_args()
     rounds = QUICK_ROUNDS if args.quick else args.rounds
-    directory = tempfile.mkdtemp(prefix="kvmarket-bench-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    directory = tempfile.mkdtemp(prefix="kvmarket-bench-", dir=in_memory())
     here, there = multiprocessing.get_context("spawn").Pipe()
     owner = multiprocessing.get_context("spawn").Process(target=own, args=(directory, there), daemon=True)
     try:

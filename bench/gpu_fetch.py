@@ -65,8 +65,8 @@ def engine_pages(spec: KVCacheSpec, num_pages: int, seed: int) -> tuple[CudaPage
     return cuda_pages(PageLayout(num_pages, tuple(segments)), tensors), tensors
 
 
-def settings(runtime_dir: str, verify: str = "auto") -> MarketConfig:
-    return MarketConfig(runtime_dir=runtime_dir, verify=verify, fetch_deadline_s=20)
+def settings(runtime_dir: str) -> MarketConfig:
+    return MarketConfig(runtime_dir=runtime_dir, fetch_deadline_s=20)
 
 
 def namespace(spec: KVCacheSpec) -> Namespace:

@@ -8,8 +8,8 @@ alive; this one looks prefixes of 256 blocks up. Two shapes of traffic:
 
 Measured for a prompt that is held whole, half, or not at all: `registry.lookup` given the keys; the fetcher's look-up,
 which on a miss also says why; `await marketplace.match(tokens)`, which hashes the tokens too; and beside them the same
-question to a plain dict of this process, the limit of anything written in Python. Aim: p50 of `registry.lookup`, all 256
-blocks found, of at most 0.2 ms.
+question to a plain dict of this process, the limit of anything written in Python. Aim: p50 of `registry.lookup`, all
+256 blocks found, of at most 0.2 ms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import finish, log, percentile
+from common import finish, in_memory, log, percentile
 
 from kvmarket import KVCacheSpec, MarketConfig, Marketplace
 from kvmarket.hashing import hash_blocks
@@ -187,7 +187,6 @@ def _file_bytes(registry_directory: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in registry_directory.glob("registry.lmdb"))
 
 
-
 def run_shape(shape: Shape, directory: str, blocks: int, count: int) -> dict[str, Any]:
     """Fill one registry from another process, measure, print."""
     log(f"{shape.name}: announcing {blocks:,} blocks")
@@ -232,13 +231,13 @@ def _table(shape: Shape, result: dict[str, Any]) -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small registry: shows that it works, not how fast it is")
+    parser.add_argument("--quick", action="store_true", help="a small registry: shows that it works")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="blocks per registry (default: %(default)s)")
     parser.add_argument("--lookups", type=int, default=LOOKUPS, help="look-ups of each kind (default: %(default)s)")
     parser.add_argument("--shape", choices=[shape.name for shape in SHAPES], action="append", help="only this shape")
     args = parser.parse_args()
     blocks, count = (QUICK_BLOCKS, QUICK_LOOKUPS) if args.quick else (args.blocks, args.lookups)
-    directory = tempfile.mkdtemp(prefix="kvmarket-bench-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    directory = tempfile.mkdtemp(prefix="kvmarket-bench-", dir=in_memory())
     try:
         result = {
             shape.name: run_shape(shape, directory, blocks, count)

@@ -13,12 +13,10 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
+from common import MemcpyReference
 
-from kvmarket.region.memory import private_huge_pages
 from kvmarket.testing.shared_prefix import CONNECTOR, Round, carried_by, play_round
 from kvmarket.testing.tiny_models import BENCH_MODEL, TINY_MODEL, write_model
 from kvmarket.testing.vllm_replica import ReplicaConfig, ReplicaHost
@@ -27,17 +25,11 @@ MODELS = {"tiny": TINY_MODEL, "small": BENCH_MODEL}
 PREFIX_TOKENS, TAIL_TOKENS = 1536, 32
 
 
-def memcpy_seconds(source: np.ndarray, target: np.ndarray) -> float:
-    began = time.perf_counter()
-    np.copyto(target, source)
-    return time.perf_counter() - began
-
-
 def play(model: str, prompts: int) -> tuple[list[Round], list[float], str]:
     """Play the prompts; return the rounds, the memcpy seconds taken between them, and the transport."""
     size = MODELS[model]
     nbytes = PREFIX_TOKENS * size.kv_bytes_per_token()
-    source, target = private_huge_pages(nbytes), private_huge_pages(nbytes)
+    memcpy = MemcpyReference(nbytes)
     rounds: list[Round] = []
     copies: list[float] = []
     with tempfile.TemporaryDirectory(prefix="kvmarket-bench-") as scratch, ReplicaHost() as host:
@@ -55,7 +47,7 @@ def play(model: str, prompts: int) -> tuple[list[Round], list[float], str]:
             played = play_round(
                 a, b, None, seed=seed, prefix_tokens=PREFIX_TOKENS, tail_tokens=TAIL_TOKENS, answer_tokens=2
             )
-            copies.append(memcpy_seconds(source, target))
+            copies.append(memcpy.contiguous())
             if seed >= 2:  # the first two warm up
                 rounds.append(played)
             print(f"  {seed + 1}/{prompts + 2}", end="\r", file=sys.stderr, flush=True)

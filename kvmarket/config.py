@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PREFIX = "KVMARKET_"
 TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc")
-VERIFY_MODES = ("auto", "none", "sampled", "full")
+VERIFY_MODES = ("none", "sampled", "full")
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
@@ -98,8 +98,9 @@ class MarketConfig:
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, or ``memory`` (this process only).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
         hash: block hash algorithm for token prefixes.
-        verify: ``full`` compares every page's digest after the copy, ``sampled`` one page in 16, ``none`` only
-            generations; ``auto`` is ``full`` for host memory and ``sampled`` for CUDA memory.
+        verify: ``full`` compares every page's digest after the copy, and takes nothing from processes that do not,
+            since they may pass on what they did not look at; ``sampled`` compares one page in 16; ``none`` compares
+            generations only, and computes no digests for others either.
         fetch_deadline_s: a fetch that takes longer ends as a (shorter) hit or a miss.
         publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
         fetch_concurrency: fetches that may run at once; more wait.
@@ -113,7 +114,7 @@ class MarketConfig:
     registry: str = _setting("REGISTRY", "lmdb", _registry)
     runtime_dir: str = _setting("RUNTIME_DIR", "", str)
     hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))
-    verify: str = _setting("VERIFY", "auto", _one_of(*VERIFY_MODES))
+    verify: str = _setting("VERIFY", "full", _one_of(*VERIFY_MODES))
     fetch_deadline_s: float = _setting("FETCH_DEADLINE_S", 1.0, _number(0.001, 600))
     publish_deadline_s: float = _setting("PUBLISH_DEADLINE_S", 10.0, _number(0.001, 600))
     fetch_concurrency: int = _setting("FETCH_CONCURRENCY", 4, _count(1, 256))

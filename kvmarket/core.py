@@ -76,7 +76,7 @@ class MarketCore:
     def __init__(
         self, namespace: Namespace, config: MarketConfig | None = None, registry: Registry | None = None
     ) -> None:
-        self.namespace = namespace
+        self.namespace, self._digest = namespace, namespace.digest
         self.config = config or MarketConfig.from_env()
         self.metrics = Metrics()
         self._owns_registry = registry is None
@@ -101,7 +101,7 @@ class MarketCore:
             self.registry.sweep()
         except RegistryUnavailableError as error:  # what the dead left behind only takes room: look-ups skip it
             logger.warning("kvmarket: the registry is not swept: %s", error)
-        self.registry.open_namespace(self.namespace.digest, self.namespace.describe())
+        self.registry.open_namespace(self._digest, self.namespace.describe())
 
     @property
     def owner(self) -> OwnerInfo:
@@ -143,6 +143,7 @@ class MarketCore:
                 self.namespace.spec.fingerprint,
                 exports=self._exports(pages),
                 digest=default_digest(pages.kind),
+                verify=self.config.verify,
             )
             try:
                 self.registry.register_region(owner.owner, region.region_id, region.describe().to_wire())
@@ -172,9 +173,13 @@ class MarketCore:
             self._publishers.append(publisher)
             return publisher
 
+    def epoch(self) -> int:
+        """Return the namespace's epoch: another number than before means that everybody was told to forget."""
+        return self.registry.epoch(self._digest)
+
     def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace (new weights); return the new epoch."""
-        epoch = self.registry.bump_epoch(self.namespace.digest)
+        epoch = self.registry.bump_epoch(self._digest)
         for publisher in list(self._publishers):
             publisher.forget_all(epoch)
         return epoch

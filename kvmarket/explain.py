@@ -24,9 +24,9 @@ def explain_nothing_found(registry: Registry, namespace: Namespace) -> tuple[Mis
     known = registry.namespaces(_NAMESPACES_MAX)
     if not known:
         return MissReason.NOT_PUBLISHED, "nobody has published anything in this registry"
-    mine = namespace.describe()
-    publishers = sum(len(info.owners) for info in known if info.digest == namespace.digest)
-    candidates = [describe_differences(mine, info.description) for info in known if info.digest != namespace.digest]
+    mine, digest = namespace.describe(), namespace.digest
+    publishers = sum(len(info.owners) for info in known if info.digest == digest)
+    candidates = [describe_differences(mine, info.description) for info in known if info.digest != digest]
     if publishers:
         candidates = [each for each in candidates if publishers == 1 and all(map(_is_about_hashing, each))]
     if not candidates:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +10,10 @@ import numpy as np
 
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
+from kvmarket.helper import Helper
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import RECORD, BlockRecords
+from kvmarket.registry.records import NO_DIGEST, RECORD, BlockRecords, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
+
+_NO_DIGEST = np.void(NO_DIGEST)
 
 
 @dataclass
@@ -67,8 +68,7 @@ class Fetcher:
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
         self._verify = config.verify
-        several = len(os.sched_getaffinity(0)) > 1
-        self._helpers = ThreadPoolExecutor(1, "kvmarket-help") if several else None
+        self._helper = Helper()
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
@@ -88,24 +88,29 @@ class Fetcher:
         return result, MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
 
     def fresh(self, found: LookupResult) -> LookupResult:
-        """Drop records that are stale already, as far as that shows without asking the owner, and shorten the run."""
-        keep = np.ones(len(found.records), bool)
+        """Drop records that a read would refuse already, as far as that shows without asking the owner.
+
+        Shortens the run, and `first_missing` then says why: ``stale_generation`` or ``unverified``.
+        """
+        keep, why = np.ones(len(found.records), bool), "stale_generation"
         for owner_id, owner in found.owners.items():
             for region in np.unique(found.records["region"][found.records["owner"] == owner_id]).tolist():
                 rows = np.flatnonzero((found.records["owner"] == owner_id) & (found.records["region"] == region))
                 try:
                     connection = self._connect(owner, region)
                     keep[rows] = connection.fresh(found.records["page"][rows], found.records["generation"][rows])
+                except _UnverifiedError:
+                    keep[rows], why = False, "unverified"
                 except TransportError:
                     keep[rows] = False
+        if self._verify == "full" and not (vouched := found.records["digest"] != _NO_DIGEST).all():
+            keep, why = keep & vouched, "unverified"
         if keep.all():
             return found
         records = found.records[keep]
-        present = np.unique(records["block"])
-        gaps = np.flatnonzero(present != np.arange(len(present)))
-        blocks = int(gaps[0]) if len(gaps) else len(present)
+        blocks = run_length(records["block"])
         records = records[records["block"] < blocks]
-        return replace(found, blocks=blocks, records=records, first_missing="stale_generation")
+        return replace(found, blocks=blocks, records=records, first_missing=why)
 
     def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
         """Read the blocks `found` names into `local_pages` (one per block) and prove them.
@@ -115,11 +120,15 @@ class Fetcher:
         outcome = Outcome()
         excluded: set[int] = set()
         used: dict[int, OwnerInfo] = {}
+        records = found.records
+        if self._verify == "full" and not (vouched := records["digest"] != _NO_DIGEST).all():
+            records = records[vouched]
+            outcome.reason, outcome.detail = MissReason.UNVERIFIED, "it was announced without a digest (as with KVMARKET_VERIFY=none)"
         while outcome.blocks < found.blocks:
             if deadline.expired:
                 outcome.reason, outcome.detail = MissReason.DEADLINE, "the deadline passed"
                 break
-            run = _next_run(found.records, outcome.blocks, excluded)
+            run = _next_run(records, outcome.blocks, excluded)
             if run is None:
                 break  # outcome.reason says why the last source was excluded
             owner = found.owners[int(run["owner"][0])]
@@ -153,6 +162,8 @@ class Fetcher:
             outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
             if isinstance(error, _SpecMismatchError):
                 outcome.reason = MissReason.SPEC_MISMATCH
+            elif isinstance(error, _UnverifiedError):
+                outcome.reason = MissReason.UNVERIFIED
             outcome.detail = f"{owner}: {error}"
             return 0
         finally:
@@ -167,7 +178,7 @@ class Fetcher:
         request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
         reading = SharedRead(connection, request, deadline, verification)
         try:
-            report = reading.run(self._helpers)
+            report = reading.run(self._helper)
         except TransportUnavailableError as error:  # the card of these local pages does not reach the owner's
             outcome.reason, outcome.detail = MissReason.UNREACHABLE, f"{owner}: {error}"
             return 0
@@ -207,6 +218,11 @@ class Fetcher:
                     f"expected {self._page_bytes} and {self._fingerprint.hex()}",
                     peer=str(owner),
                 )
+            if self._verify == "full" and descriptor.verify != "full":
+                raise _UnverifiedError(
+                    f"it does not compare every digest of what it adopts (KVMARKET_VERIFY={descriptor.verify} there)",
+                    peer=str(owner),
+                )
             return descriptor
 
         return self._transports.connection(owner, region_id, describe)
@@ -233,16 +249,21 @@ class Fetcher:
 
     def close(self) -> None:
         """Stop the helping thread."""
-        if self._helpers is not None:
-            self._helpers.shutdown(wait=True)
+        self._helper.close()
 
 
 class _SpecMismatchError(TransportError):
     """The owner's region is not what its namespace promises."""
 
 
+class _UnverifiedError(TransportError):
+    """The owner may pass on wrong bytes that it adopted, or what it computed from them."""
+
+
 def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
     """Return the records of the longest run from block `first` on that one region of one owner serves."""
+    if not first and not excluded and _of_one_region(records):
+        return records
     best: BlockRecords | None = None
     here = records[records["block"] == first]
     for candidate in here:
@@ -255,3 +276,11 @@ def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRec
         if best is None or len(run) > len(best):
             best = run
     return best
+
+
+def _of_one_region(records: BlockRecords) -> bool:
+    """Tell whether these are blocks 0, 1, 2, ... of one region: the common case, without a copy."""
+    if not len(records) or int(records["block"][-1]) != len(records) - 1:
+        return False
+    same = (records["owner"] == records["owner"][0]) & (records["region"] == records["region"][0])
+    return bool((same & (records["block"] == np.arange(len(records)))).all())

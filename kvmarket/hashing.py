@@ -126,10 +126,15 @@ def hash_blocks(
     step = 4 * block_size
     out: list[bytes] = []
     parent = root
-    for i in range(blocks):
+    if extra_keys is None:  # the common case, in as little Python as can be
+        for start in range(0, blocks * step, step):
+            parent = digest(parent + data[start : start + step])
+            out.append(parent)
+        return out
+    for i, extra in enumerate(extra_keys):
         payload = parent + data[i * step : (i + 1) * step]
-        if extra_keys is not None and extra_keys[i]:
-            payload += msgpack.packb(extra_keys[i], use_bin_type=True)
+        if extra:
+            payload += msgpack.packb(extra, use_bin_type=True)
         parent = digest(payload)
         out.append(parent)
     return out

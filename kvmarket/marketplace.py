@@ -250,7 +250,7 @@ class Marketplace:
             A cancelled call waits until nothing writes to `out` any more (at most one group of pages), then raises.
         """
         began = time.perf_counter()
-        count = len(token_array(tokens))
+        tokens = token_array(tokens)
         keys = block_keys(self._hash(tokens, extra_keys))
         local = None if out is None else self._local(out)
         if local is not None and local.layout.num_pages < len(keys):
@@ -268,7 +268,7 @@ class Marketplace:
                 outcome.reason, outcome.detail = reason, detail
         stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
         stages["total"] = time.perf_counter() - began
-        report = self._report(count, len(keys), found, outcome, stages)
+        report = self._report(len(tokens), len(keys), found, outcome, stages)
         return FetchResult(local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks], report)
 
     def _local(self, out: Any) -> PagedMemory:
@@ -295,8 +295,11 @@ class Marketplace:
         if found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX:
             return fetcher.read(found, local, pages, deadline)
         try:
-            async with asyncio.timeout(deadline.remaining_s):
-                await self._slots.acquire()
+            if self._slots.locked():
+                async with asyncio.timeout(deadline.remaining_s):
+                    await self._slots.acquire()
+            else:
+                await self._slots.acquire()  # does not wait
         except TimeoutError:
             return Outcome(reason=MissReason.DEADLINE, detail="too many fetches were running")
         try:

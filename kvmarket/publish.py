@@ -126,23 +126,13 @@ class Publisher:
         if job.generations is None:
             return
         current = self._region.generations.values[job.pages] == job.generations
-        self._region.generations.invalidate(job.pages[current])
-        for page in job.pages[current].tolist():
-            key = self._key_of.pop(page, None)
-            if key is not None:
-                del self._page_of[key]
+        self._drop(job.pages[current])
 
     def retract(self, pages: Sequence[int]) -> None:
         """Make `pages` unreadable before they are overwritten or freed. Pages that were not offered are fine."""
         with self._lock:
             numbers = self._region.page_numbers(pages)
-            self._region.generations.invalidate(numbers)
-            keys: list[bytes] = []
-            for page in numbers.tolist():
-                key = self._key_of.pop(page, None)
-                if key is not None:
-                    del self._page_of[key]
-                    keys.append(key)
+            keys = self._drop(numbers)
             if keys and not self._closed:
                 self._put(_Job(keys, numbers, None))
 
@@ -161,6 +151,14 @@ class Publisher:
         self._metrics.add(epochs_observed=1)
         self.forget_all()
         return True
+
+    def _drop(self, pages: np.ndarray) -> list[bytes]:
+        """Make pages unreadable and return the keys that they were offered as. The lock is held."""
+        self._region.generations.invalidate(pages)
+        keys = [key for page in pages.tolist() if (key := self._key_of.pop(page, None)) is not None]
+        for key in keys:
+            del self._page_of[key]
+        return keys
 
     def _drop_all(self) -> None:
         self._region.generations.invalidate(np.fromiter(self._key_of, np.int64, len(self._key_of)))

@@ -62,7 +62,7 @@ class SharedRead:
         began = time.perf_counter()
         help_: Future[None] | None = None
         large = self._total * self._page_bytes >= SHARED_BYTES_MIN
-        if large and helper.useful and self._connection.readers > 1:
+        if large and helper.useful and self._connection.readers(self._request.local) > 1:
             help_ = helper.submit(self._work)
         try:
             self._work(alone=help_ is None)

@@ -25,8 +25,7 @@ class Verification:
     On another thread it would cost more: the bytes would have to come from memory or from another core's cache.
 
     Args:
-        mode: ``full``, ``sampled`` (one page in `SAMPLE_ONE_IN`), ``none``, or ``auto``: ``full`` for host memory and
-            ``sampled`` for CUDA memory.
+        mode: ``full``, ``sampled`` (one page in `SAMPLE_ONE_IN`) or ``none``.
         run: what was announced, one record per page.
         local: where the pages arrive.
         local_pages: (n,) page numbers there, one per record.
@@ -44,8 +43,6 @@ class Verification:
     ) -> None:
         self._local, self._local_pages = local, local_pages
         self._algorithm = algorithm or default_digest(local.kind)
-        if mode == "auto":
-            mode = "sampled" if local.kind == "cuda" else "full"
         if not can_digest(local.kind, self._algorithm):
             mode = "none"
         self._digests = np.ascontiguousarray(run["digest"])

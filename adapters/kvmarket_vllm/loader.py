@@ -19,7 +19,7 @@ from kvmarket.core import MarketCore
 from kvmarket.deadline import Deadline
 from kvmarket.errors import KVMarketError
 from kvmarket.region import PagedMemory
-from kvmarket_vllm.messages import Load
+from kvmarket_vllm.messages import Load, Rank
 from kvmarket_vllm.stats import Deltas
 
 logger = logging.getLogger("vllm.kvmarket")
@@ -34,7 +34,7 @@ LOADS_MAX = 1024
 class Loader:
     """Runs loads, one at a time, in order."""
 
-    def __init__(self, core: MarketCore, pages: PagedMemory, rank: tuple[int, int], deltas: Deltas) -> None:
+    def __init__(self, core: MarketCore, pages: PagedMemory, rank: Rank, deltas: Deltas) -> None:
         self._core, self._pages, self._rank, self._deltas = core, pages, rank, deltas
         self._queue: queue.Queue[tuple[Load, Deadline] | None] = queue.Queue(LOADS_MAX)
         self._changed = threading.Condition()

@@ -9,6 +9,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 from kvmarket.registry import LookupResult
 
+Rank = tuple[int, int]
+"""(pipeline rank, tensor rank) of a worker."""
+
 
 @dataclass
 class WorkerFacts(KVConnectorHandshakeMetadata):
@@ -39,7 +42,7 @@ class Load:
 
     request_id: str
     block_ids: list[int]
-    found: dict[tuple[int, int], LookupResult]
+    found: dict[Rank, LookupResult]
 
 
 @dataclass

@@ -16,14 +16,13 @@ from kvmarket.errors import KVMarketError, RegistryError
 from kvmarket.registry import LookupResult
 from kvmarket.registry.records import block_key, block_keys
 from kvmarket_vllm.identity import hash_algorithm, hash_root, namespace
-from kvmarket_vllm.messages import Load, StepPlan, WorkerFacts
+from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
 from kvmarket_vllm.stats import Deltas
 
 logger = logging.getLogger("vllm.kvmarket")
 
-Rank = tuple[int, int]
 MISS_LOG_MAX = 3
 """How often one reason for finding nothing at all is logged."""
 
@@ -120,11 +119,11 @@ class SchedulerRole:
     def _lookup(self, cores: dict[Rank, MarketCore], keys: list[bytes]) -> dict[Rank, LookupResult]:
         found: dict[Rank, LookupResult] = {}
         for rank, core in cores.items():
-            result, reason, detail = core.fetcher.lookup(keys)
-            result = core.fetcher.fresh(result) if result.blocks else result
+            announced, reason, detail = core.fetcher.lookup(keys)
+            result = core.fetcher.fresh(announced) if announced.blocks else announced
             found[rank] = result
             if result.blocks < len(keys):
-                why = result.first_missing if result.first_missing == "stale_generation" else str(reason)
+                why = str(reason) if result is announced else result.first_missing
                 self.deltas.add_labelled("misses", why)
                 if not result.blocks:
                     self._log_miss(why, detail)
@@ -155,10 +154,10 @@ class SchedulerRole:
 
     def plan_step(self, output: Any) -> StepPlan:
         """Finish the plan of this step and begin the next one."""
-        self._cores()
+        cores = self._cores()
         plan, self._plan = self._plan, StepPlan()
         plan.root = self._root
-        if self._epoch_moved():
+        if self._epoch_moved(cores or {}):
             plan.forget = True
             self._offers.void()
         if self._offers.pool_was_reset():
@@ -170,10 +169,10 @@ class SchedulerRole:
             self._forget_request(request_id)
         return plan
 
-    def _epoch_moved(self) -> bool:
+    def _epoch_moved(self, cores: dict[Rank, MarketCore]) -> bool:
         """Tell whether the namespace was told to forget, by this replica or another, since the last step."""
         try:
-            epochs = {rank: core.registry.epoch(core.namespace.digest) for rank, core in (self._cores() or {}).items()}
+            epochs = {rank: core.epoch() for rank, core in cores.items()}
         except RegistryError:
             return False  # nothing is found or announced without it either
         before, self._epochs = self._epochs, epochs

@@ -19,7 +19,7 @@ from kvmarket.spec import KVCacheSpec
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
 from kvmarket_vllm.layout import kv_dtype, paged_memory
 from kvmarket_vllm.loader import Loader
-from kvmarket_vllm.messages import Load, StepPlan, WorkerFacts
+from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.opening import Opening
 from kvmarket_vllm.shared_alloc import SharedAllocation
 from kvmarket_vllm.stats import Deltas
@@ -27,7 +27,6 @@ from kvmarket_vllm.weights import model_identity
 
 logger = logging.getLogger("vllm.kvmarket")
 
-Rank = tuple[int, int]
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SEGMENTS_MAX = 65536
 MEMORIES_MAX = 4096
+WORD_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class RegionDescriptor:
         memories: shared memories, empty when only the owner's process can read the region.
         generations: the generation table.
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
+        verify: how the owner verifies what it adopts, and so what it passes on: ``full``, ``sampled`` or ``none``.
         kind: what holds the pages: ``host`` or ``cuda``.
         cuda: where CUDA memory is: a place that holds `probe`, and then the memories; empty when it is private.
         digest: algorithm of the digests in this region's records.
@@ -40,6 +42,7 @@ class RegionDescriptor:
     memories: tuple[MemoryAddress, ...]
     generations: MemoryAddress
     probe: bytes
+    verify: str = "none"
     kind: str = "host"
     cuda: tuple[CudaAddress, ...] = ()
     digest: str = "xxh3_128"
@@ -53,6 +56,7 @@ class RegionDescriptor:
             "memories": [memory.as_list() for memory in self.memories],
             "generations": self.generations.as_list(),
             "probe": self.probe,
+            "verify": self.verify,
         }
         if self.kind != "host":
             addresses = [address.as_list() for address in self.cuda]
@@ -80,9 +84,10 @@ class RegionDescriptor:
                 memories=tuple(MemoryAddress(*map(_integer, item)) for item in memories),
                 generations=MemoryAddress(*map(_integer, wire["generations"])),
                 probe=_data(wire["probe"], PROBE_BYTES),
-                kind=_text(wire.get("memory_kind", "host")),
+                verify=_word(wire["verify"]),
+                kind=_word(wire.get("memory_kind", "host")),
                 cuda=tuple(_cuda_address(*item) for item in cuda),
-                digest=_text(wire.get("digest", "xxh3_128")),
+                digest=_word(wire.get("digest", "xxh3_128")),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
                 raise ValueError("a memory without bytes")  # noqa: TRY301 - one translation for every malformed field
@@ -107,9 +112,9 @@ def _data(value: object, length: int) -> bytes:
     return value
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
+def _word(value: object) -> str:
+    if not isinstance(value, str) or len(value) > WORD_MAX:
+        raise ValueError(f"expected at most {WORD_MAX} characters")
     return value
 
 

@@ -18,8 +18,10 @@ from kvmarket.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RUN_BYTES_MIN = 16 << 10
-"""Runs shorter than this on average are cheaper to copy twice, through a buffer, than with a Python call each."""
+RELEASED_BYTES_MIN = 256 << 10
+"""Bytes of one copy for which it is worth to release the GIL and take it back."""
+SHORT_BYTES = 4 << 10
+"""Shorter pieces in random places are cheaper to copy twice, through a buffer, than with a Python statement each."""
 BUFFER_BYTES = 512 << 10
 """Half of a common second-level cache."""
 
@@ -145,6 +147,10 @@ def _items(memory: PagedMemory, segment: Segment) -> np.ndarray:
     return np.ndarray(shape, f"V{segment.nbytes}", buffer=flat, offset=segment.offset, strides=(segment.stride,))
 
 
+def _is_packed(segment: Segment) -> bool:
+    return segment.stride == segment.nbytes
+
+
 def _consecutive(pages: np.ndarray) -> bool:
     return int(pages[-1]) - int(pages[0]) == len(pages) - 1 and bool((pages[1:] - pages[:-1] == 1).all())
 
@@ -166,8 +172,8 @@ def _check_range(pages: np.ndarray, num_pages: int, *, consecutive: bool) -> Non
 def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray) -> None:
     """Copy pages `source_pages` of `source` to pages `target_pages` of `target`, byte for byte.
 
-    The copies release the GIL. Per piece of the page it is one call when pages are consecutive on either side, which is
-    what packed buffers and prefixes make them; else one per run of consecutive pages.
+    Per piece of the page it is one call, which releases the GIL, when pages are consecutive on either side: packed
+    buffers and prefixes make them so. Else it is one copy per run of consecutive pages.
 
     Args:
         source: where to copy from.
@@ -186,8 +192,9 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
     _check_range(source_pages, source.layout.num_pages, consecutive=scatter)
     _check_range(target_pages, target.layout.num_pages, consecutive=gather)
     first, to, count = int(source_pages[0]), int(target_pages[0]), len(source_pages)
+    runs = None if gather or scatter else _runs(source_pages, target_pages)
     for piece in _copy_plan(source.layout, target.layout):
-        packed = piece.source.stride == piece.source.nbytes and piece.target.stride == piece.target.nbytes
+        packed = _is_packed(piece.source) and _is_packed(piece.target)
         if gather and scatter:
             _rows(target, piece.target)[to : to + count] = _rows(source, piece.source)[first : first + count]
         elif gather and packed:
@@ -196,27 +203,45 @@ def copy_pages(source: PagedMemory, source_pages: np.ndarray, target: PagedMemor
             np.take(_rows(source, piece.source), source_pages, axis=0, out=out, mode="clip")
         elif scatter:
             _items(target, piece.target)[target_pages] = _items(source, piece.source)[first : first + count]
+        elif piece.source.nbytes < SHORT_BYTES:
+            _copy_short(source, source_pages, target, target_pages, piece)
         else:
-            _copy_piece(source, source_pages, target, target_pages, piece)
+            _copy_runs(source, target, piece, runs if runs is not None else _runs(source_pages, target_pages))
 
 
-def _copy_piece(
+def _copy_runs(source: PagedMemory, target: PagedMemory, piece: _Piece, runs: Sequence[tuple[int, int, int]]) -> None:
+    """Copy one piece of pages that are scattered on both sides (or not packed), run by run.
+
+    Large runs are copied with the GIL released. Shorter ones are not: taking the GIL back costs more than such a copy,
+    and up to the interpreter's switch interval (5 ms) each time if another thread is busy.
+    """
+    a, b, nbytes = piece.source, piece.target, piece.source.nbytes
+    packed = _is_packed(a) and _is_packed(b)
+    from_, to_ = source.memories[a.memory].data, target.memories[b.memory].data
+    for start, to, length in runs:
+        if nbytes * length >= RELEASED_BYTES_MIN:
+            _rows(target, b)[to : to + length] = _rows(source, a)[start : start + length]
+            continue
+        step, repeats = (length * nbytes, 1) if packed else (nbytes, length)
+        first, goal = a.offset + start * a.stride, b.offset + to * b.stride
+        for _ in range(repeats):
+            to_[goal : goal + step] = from_[first : first + step]
+            first, goal = first + a.stride, goal + b.stride
+
+
+def _copy_short(
     source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray, piece: _Piece
 ) -> None:
-    """Copy one piece of pages that are scattered on both sides (or not packed).
-
-    Runs are copied directly, with one call each. Where small pieces and short runs would make those calls the cost, the
-    bytes go through a buffer that stays in the processor's cache.
-    """
+    """Copy one short piece of scattered pages, many at once through a buffer that stays in the processor's cache."""
     nbytes = piece.source.nbytes
-    runs = _runs(source_pages, target_pages)
-    if nbytes * len(source_pages) >= RUN_BYTES_MIN * len(runs):
-        rows, out = _rows(source, piece.source), _rows(target, piece.target)
-        for start, to, length in runs:
-            out[to : to + length] = rows[start : start + length]
-        return
-    items, out = _items(source, piece.source), _items(target, piece.target)
     step = max(1, BUFFER_BYTES // nbytes)
+    buffer = np.empty((min(step, len(source_pages)), nbytes), np.uint8)
+    items = buffer.reshape(-1).view(f"V{nbytes}")
+    rows, out = _rows(source, piece.source), _items(target, piece.target)
     for start in range(0, len(source_pages), step):
-        part = slice(start, start + step)
-        out[target_pages[part]] = items[source_pages[part]]
+        wanted, goals = source_pages[start : start + step], target_pages[start : start + step]
+        if _is_packed(piece.source):
+            np.take(rows, wanted, axis=0, out=buffer[: len(wanted)], mode="clip")
+            out[goals] = items[: len(wanted)]
+        else:
+            out[goals] = _items(source, piece.source)[wanted]

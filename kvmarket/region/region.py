@@ -47,6 +47,7 @@ class LentRegion:
         *,
         exports: Exports | None = None,
         digest: str = "xxh3_128",
+        verify: str = "full",
     ) -> None:
         """Lend `pages`.
 
@@ -58,9 +59,11 @@ class LentRegion:
             fingerprint: the spec's.
             exports: how peers reach CUDA pages; None when only this process may read them.
             digest: algorithm of the digests that will be announced.
+            verify: how this owner verifies what it adopts, see `RegionDescriptor`.
         """
         pages.layout.check([len(memory) for memory in pages.memories])
         self.region_id, self.pages, self._shared, self._fingerprint = region_id, pages, tuple(shared), fingerprint
+        self._verify = verify
         self.generations = GenerationTable(pages.layout.num_pages, incarnation)
         self._exports, self._digest = exports, digest
         self._cuda: tuple[CudaAddress, ...] = ()
@@ -99,6 +102,7 @@ class LentRegion:
             kind=self.pages.kind,
             cuda=self._cuda,
             digest=self._digest,
+            verify=self._verify,
         )
 
     def close(self) -> None:

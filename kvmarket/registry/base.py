@@ -34,7 +34,8 @@ class LookupResult:
         epoch: the namespace's epoch; compare with `Registry.epoch` before adopting (0: unknown namespace).
         blocks: number of consecutive blocks, from the first one asked for, that have at least one record.
         records: their records, sorted by block; several owners of one block give several records.
-        first_missing: what ended the run: ``""``, ``not_published``, ``owner_gone`` or ``stale_generation``.
+        first_missing: what ended the run: ``""``, ``not_published`` or ``owner_gone``; ``stale_generation`` or
+            ``unverified`` when a reader has shortened it.
     """
 
     epoch: int

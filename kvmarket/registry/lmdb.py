@@ -16,7 +16,6 @@ later.
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,15 +24,23 @@ from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.identity import OwnerInfo
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
 from kvmarket.registry.host import this_process
+from kvmarket.registry.lmdb_cursors import (
+    OWNER_AT,
+    collect,
+    delete_prefix,
+    delete_record,
+    keys_of_run,
+    run_has_owner,
+)
 from kvmarket.registry.lmdb_file import Transaction, acquire_file, release_file
 from kvmarket.registry.records import (
     HEAD_BYTES,
     RECORD,
     BlockRecords,
-    blocks_to_run_end,
     decode_records,
     encode_records,
     pack,
+    run_length,
     unpack,
 )
 
@@ -41,14 +48,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-Cursor = Any
-"""An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
-
 SWEEP_KEYS_MAX = 20_000
 """Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""
+SWEEP_BYTES_PER_KEY = 4096
+"""No more keys either than one for this many bytes of the file: changing many pages at once takes room."""
 OWNERS_CACHED_MAX = 4096
 _U32 = 4
-_OWNER_AT = slice(3, 7)  # where a record of this version holds its owner
 
 
 def _u32(number: int) -> bytes:
@@ -63,6 +68,7 @@ class LmdbRegistry(Registry):
 
     def __init__(self, directory: Path, *, map_bytes: int = 1 << 30) -> None:
         self._file = acquire_file(directory, map_bytes)
+        self._sweep_keys = max(1, min(SWEEP_KEYS_MAX, self._file.limit_bytes // SWEEP_BYTES_PER_KEY))
         self._owner_cache: dict[int, OwnerInfo] = {}
         self._closed = False
 
@@ -184,6 +190,7 @@ class LmdbRegistry(Registry):
         with self._file.write() as txn:
             if self._epoch(txn, digest) != epoch:
                 return False
+            self._file.require_room(txn)
             for owner in owners:
                 if txn.get(_u32(owner), db=self._table("owners")) is None:
                     raise RegistryProtocolError(f"owner {owner} is not registered")
@@ -191,8 +198,8 @@ class LmdbRegistry(Registry):
             blocks, runs = txn.cursor(self._table("blocks")), txn.cursor(self._table("runs"))
             seen: set[tuple[bytes, bytes]] = set()
             for key, value in zip(keys, encode_records(records), strict=True):
-                full, owner_key = prefix + key, value[_OWNER_AT]
-                _delete_record(blocks, full, owner_key)
+                full, owner_key = prefix + key, value[OWNER_AT]
+                delete_record(blocks, full, owner_key)
                 blocks.put(full, value)
                 seen.add((owner_key, full[: _U32 + HEAD_BYTES]))
             for owner_key, run in seen:
@@ -203,10 +210,10 @@ class LmdbRegistry(Registry):
         with self._file.write() as txn:
             prefix, owner_key = _u32(self._epoch(txn, digest)), _u32(owner)
             blocks = txn.cursor(self._table("blocks"))
-            removed = sum(_delete_record(blocks, prefix + key, owner_key) for key in keys)
+            removed = sum(delete_record(blocks, prefix + key, owner_key) for key in keys)
             runs = txn.cursor(self._table("runs"))
             for run in {prefix + key[:HEAD_BYTES] for key in keys}:
-                if not _run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
+                if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
                     runs.delete()
         return removed
 
@@ -218,14 +225,14 @@ class LmdbRegistry(Registry):
             if not epoch:
                 return LookupResult(0, 0, np.empty(0, RECORD), "not_published")
             with txn.cursor(self._table("blocks")) as cursor:
-                _collect(cursor, _u32(epoch), keys, blocks, values)
+                collect(cursor, _u32(epoch), keys, blocks, values)
             records = decode_records(blocks, values)
             owners = {owner: self._owner(txn, owner) for owner in np.unique(records["owner"]).tolist()}
         living = {owner: info for owner, info in owners.items() if info is not None and self.alive(owner)}
-        run = complete = _run_length(records["block"])
+        run = complete = run_length(records["block"])
         if len(living) < len(owners):
             records = records[np.isin(records["owner"], list(living))]
-            run = _run_length(records["block"])
+            run = run_length(records["block"])
         if len(records) and int(records["block"][-1]) >= run:
             records = records[records["block"] < run]
         ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
@@ -256,7 +263,7 @@ class LmdbRegistry(Registry):
         while not done:
             with self._file.write() as txn:
                 txn.delete(owner_key, db=self._table("owners"))
-                _delete_prefix(txn.cursor(self._table("regions")), owner_key, SWEEP_KEYS_MAX)
+                delete_prefix(txn.cursor(self._table("regions")), owner_key, self._sweep_keys)
                 done = self._fence_some(txn, owner_key)
         self._owner_cache.pop(owner, None)
 
@@ -264,23 +271,23 @@ class LmdbRegistry(Registry):
         runs, blocks = txn.cursor(self._table("runs")), txn.cursor(self._table("blocks"))
         removed = 0
         while runs.set_key(owner_key):
-            if removed >= SWEEP_KEYS_MAX:
+            if removed >= self._sweep_keys:
                 return False
             run = runs.value()
-            keys = _keys_of_run(blocks, run)
+            keys = keys_of_run(blocks, run)
             removed += len(keys)
             for key in keys:
-                _delete_record(blocks, key, owner_key)
+                delete_record(blocks, key, owner_key)
             runs.set_key_dup(owner_key, run)
             runs.delete()
         return True
 
     def _purge_epoch(self, epoch_key: bytes) -> None:
-        removed = SWEEP_KEYS_MAX
-        while removed >= SWEEP_KEYS_MAX:
+        removed = limit = self._sweep_keys
+        while removed >= limit:
             with self._file.write() as txn:
-                removed = _delete_prefix(txn.cursor(self._table("blocks")), epoch_key, SWEEP_KEYS_MAX)
-                if removed < SWEEP_KEYS_MAX:
+                removed = delete_prefix(txn.cursor(self._table("blocks")), epoch_key, limit)
+                if removed < limit:
                     txn.delete(epoch_key, db=self._table("retired"))
 
     def usage(self) -> tuple[Path, int, int, int, int, int]:
@@ -291,7 +298,7 @@ class LmdbRegistry(Registry):
             blocks = txn.stat(self._table("blocks"))["entries"]
         used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         dead = sum(not self.alive(owner) for owner in owners)
-        return self._file.path, used, env.info()["map_size"], blocks, len(owners), dead
+        return self._file.path, used, self._file.limit_bytes, blocks, len(owners), dead
 
     def live_owners(self) -> list[tuple[OwnerInfo, list[int]]]:
         """Return every live owner with the numbers of its regions."""
@@ -316,86 +323,3 @@ class LmdbRegistry(Registry):
         number = int.from_bytes(txn.get(counter, db=self._table("meta")) or b"", "big") + 1
         txn.put(counter, _u32(number), db=self._table("meta"))
         return number
-
-
-def _collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
-    """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
-
-    Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
-    the blocks asked for (several owners, a fork of the prefix, the end), the run is looked up block by block.
-    """
-    start = 0
-    while start < len(keys):
-        end = min(start + blocks_to_run_end(keys[start]), len(keys))
-        wanted = [prefix + key for key in keys[start:end]]
-        if not cursor.set_key(wanted[0]):
-            return
-        found = list(islice(cursor.iternext(keys=True, values=True), len(wanted)))
-        if [key for key, _ in found] == wanted:  # compared in C
-            blocks.extend(range(start, end))
-            values.extend([value for _, value in found])
-        elif not _collect_one_by_one(cursor, wanted, start, blocks, values):
-            return
-        start = end
-
-
-def _collect_one_by_one(
-    cursor: Cursor, wanted: list[bytes], start: int, blocks: list[int], values: list[bytes]
-) -> bool:
-    """Look up blocks `start`, `start` + 1, ... up to the first that has no record; tell whether all have one."""
-    by_key: dict[bytes, list[bytes]] = {}
-    for key, value in cursor.getmulti(wanted, dupdata=True):
-        by_key.setdefault(key, []).append(value)
-    for block, key in enumerate(wanted, start):
-        if key not in by_key:
-            return False
-        blocks.extend([block] * len(by_key[key]))
-        values.extend(by_key[key])
-    return True
-
-
-def _run_length(blocks: np.ndarray) -> int:
-    """Return how many of blocks 0, 1, 2, ... are present in the sorted `blocks`."""
-    if len(blocks) and int(blocks[-1]) + 1 == len(blocks) and bool((np.diff(blocks) == 1).all()):
-        return len(blocks)  # one record each
-    present = np.unique(blocks)
-    gaps = np.flatnonzero(present != np.arange(len(present)))
-    return int(gaps[0]) if len(gaps) else len(present)
-
-
-def _delete_record(cursor: Cursor, key: bytes, owner_key: bytes) -> bool:
-    """Delete the record of one owner at `key`; tell whether there was one."""
-    if not cursor.set_key(key):
-        return False
-    for value in cursor.iternext_dup(keys=False, values=True):
-        if value[_OWNER_AT] == owner_key:
-            cursor.delete()
-            return True
-    return False
-
-
-def _keys_of_run(cursor: Cursor, run: bytes) -> list[bytes]:
-    keys: list[bytes] = []
-    found = cursor.set_range(run)
-    while found and cursor.key().startswith(run):
-        keys.append(cursor.key())
-        found = cursor.next_nodup()
-    return keys
-
-
-def _run_has_owner(cursor: Cursor, run: bytes, owner_key: bytes) -> bool:
-    found = cursor.set_range(run)
-    while found and cursor.key().startswith(run):
-        if cursor.value()[_OWNER_AT] == owner_key:
-            return True
-        found = cursor.next()
-    return False
-
-
-def _delete_prefix(cursor: Cursor, prefix: bytes, limit: int) -> int:
-    removed = 0
-    found = cursor.set_range(prefix)
-    while found and removed < limit and cursor.key().startswith(prefix):
-        found = cursor.delete(dupdata=True)
-        removed += 1
-    return removed

@@ -31,6 +31,8 @@ Transaction = Any
 
 FILE_NAME = "registry.lmdb"
 TURN_NAME = "registry.turn"
+BLOCKS_SHARE_MAX = 0.85
+"""How much of the file blocks may take. Removing needs room as well, because lmdb copies what it changes."""
 WRITE_WAIT_S = 3.0
 """How long a writer waits for the others before it gives up."""
 READERS_MAX = 1024
@@ -97,6 +99,22 @@ class RegistryFile:
         """
         with self._turn(), translated(self.path), self._transaction(write=True) as txn:
             yield txn
+
+    @property
+    def limit_bytes(self) -> int:
+        """How long the file may become."""
+        size: int = self.env.info()["map_size"]
+        return size
+
+    def require_room(self, txn: Transaction) -> None:
+        """Raise `RegistryFullError` unless there is room for blocks, beside what removing some may take."""
+        stats = [txn.stat(table) for table in self.tables.values()]
+        pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
+        used = pages * stats[0]["psize"]
+        if used > BLOCKS_SHARE_MAX * self.limit_bytes:
+            raise RegistryFullError(
+                f"{self.path} is full: {used} of {self.limit_bytes} bytes; raise KVMARKET_REGISTRY_BYTES"
+            )
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Transaction]:

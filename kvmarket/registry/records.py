@@ -107,6 +107,15 @@ def blocks_to_run_end(key: bytes) -> int:
     return RUN_BLOCKS - int.from_bytes(key[HEAD_BYTES : HEAD_BYTES + 4], "big") % RUN_BLOCKS
 
 
+def run_length(blocks: np.ndarray) -> int:
+    """Return how many of blocks 0, 1, 2, ... are present in the sorted `blocks`."""
+    if len(blocks) and int(blocks[-1]) + 1 == len(blocks) and bool((np.diff(blocks) == 1).all()):
+        return len(blocks)  # one record each
+    present = np.unique(blocks)
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    return int(gaps[0]) if len(gaps) else len(present)
+
+
 def encode_records(records: BlockRecords) -> list[bytes]:
     """Return one msgpack record of `RECORD_BYTES` per block."""
     wire = np.zeros(len(records), _WIRE)

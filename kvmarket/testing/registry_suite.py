@@ -18,40 +18,17 @@ import numpy as np
 import pytest
 
 from kvmarket.errors import RegistryError
-from kvmarket.registry import block_keys
 from kvmarket.registry.records import RUN_BLOCKS, make_records
+from kvmarket.testing.sample_records import announce, chain, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import SimpleNamespace
 
-    from kvmarket.registry import LookupResult, Registry
+    from kvmarket.registry import Registry
     from kvmarket.testing.peers import Peer, PeerPool
 
 Opener = tuple["Callable[..., Registry]", tuple[Any, ...]]
-
-
-def chain(seed: int, blocks: int, *, common: int = 0) -> list[bytes]:
-    """Return the keys of a prefix; two seeds share their first `common` blocks."""
-    rng, shared = np.random.default_rng(seed), np.random.default_rng(10**6)
-    hashes = [(shared if i < common else rng).bytes(32) for i in range(blocks)]
-    return block_keys(hashes)
-
-
-def announce(registry: Registry, digest: bytes, owner: int, keys: Sequence[bytes], **options: Any) -> bool:
-    """Announce `keys` on pages 0, 1, ... (or from `first_page`) in `region`, all of one `generation`."""
-    first, generation = options.get("first_page", 0), options.get("generation", 2)
-    pages = np.arange(first, first + len(keys))
-    generations = np.full(len(keys), generation, np.uint64)
-    records = make_records(owner, options.get("region", 0), pages, generations, options.get("digests"))
-    epoch = options.get("epoch") or registry.epoch(digest)
-    return registry.announce(digest, epoch, keys, records)
-
-
-def rows(found: LookupResult) -> list[tuple[int, int, int, int]]:
-    """Return (block, owner, page, generation) of every record found, sorted."""
-    columns = (found.records[field].tolist() for field in ("block", "owner", "page", "generation"))
-    return sorted(zip(*columns, strict=True))
 
 
 def _open_in_peer(state: SimpleNamespace, function: Callable[..., Registry], args: tuple[Any, ...]) -> None:
@@ -168,6 +145,17 @@ class RegistryConformance(ABC):
         assert (found.blocks, rows(found)) == (10, sorted(expected))
         assert set(found.owners) == {first, second}
         assert (np.diff(found.records["block"]) >= 0).all()
+
+    @pytest.mark.parametrize("asked", [1, 5, RUN_BLOCKS, RUN_BLOCKS + 5])
+    def test_several_owners_of_the_last_block_are_all_named(
+        self, registry: Registry, namespace: bytes, asked: int
+    ) -> None:
+        first, second, keys = self.new_owner(registry), self.new_owner(registry), chain(1, 2 * RUN_BLOCKS)
+        assert announce(registry, namespace, first, keys)
+        assert announce(registry, namespace, second, keys[asked - 1 : asked])
+        found = registry.lookup(namespace, keys[:asked])
+        expected = [(block, first, block, 2) for block in range(asked)]
+        assert rows(found) == sorted([*expected, (asked - 1, second, 0, 2)])
 
     def test_a_newer_record_of_an_owner_replaces_its_older_one(self, registry: Registry, namespace: bytes) -> None:
         first, second, keys = self.new_owner(registry, 2), self.new_owner(registry), chain(1, 4)

@@ -75,8 +75,6 @@ class Connection(ABC):
     """Algorithm of the digests in the region's records."""
     digests: bool = False
     """It digests pages in the course of the read (see `ReadRequest.digest`), which is cheaper than afterwards."""
-    readers: int = 1
-    """How many threads may share a large read, in parts, and so make it faster."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
@@ -89,6 +87,11 @@ class Connection(ABC):
         Raises:
             PeerGoneError, TransferError: the connection is of no more use.
         """
+
+    def readers(self, local: PagedMemory) -> int:
+        """Return how many threads should share a large read into `local`, in parts, to make it faster."""
+        del local
+        return 1
 
     def fresh(self, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
         """Return a (n,) bool array: which pages would pass the first check right now.

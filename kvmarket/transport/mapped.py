@@ -8,25 +8,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmarket.region.generations import memory_fence, readable
-from kvmarket.region.pages import PagedMemory, copy_pages
+from kvmarket.region.pages import RELEASED_BYTES_MIN, PagedMemory, copy_pages
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.transport.base import Connection, OnGroup, ReadRequest
 
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
 
-GROUP_BYTES = 2 << 20
+GROUP_BYTES = 4 << 20
 """Bytes copied before their generations are looked at again, with the deadline, and verified while cached."""
 
 
 class MappedConnection(Connection):
     """Pages and generations of one region, both readable by plain loads."""
 
-    readers = 2
-
     def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
         self.scheme, self.path = scheme, path
         self._pages, self._generations = pages, generations
+
+    def readers(self, local: PagedMemory) -> int:
+        """Two, unless pages are cut so small that the threads would wait for each other's turn in Python."""
+        pieces = (*self._pages.layout.segments, *local.layout.segments)
+        return 2 if min(piece.nbytes for piece in pieces) >= RELEASED_BYTES_MIN else 1
 
     def fresh(self, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
         """Look at the generation table."""

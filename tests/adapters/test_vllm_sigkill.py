@@ -31,11 +31,6 @@ def prompts():
     return [random_prompt(PROMPT_TOKENS, seed=5100 + i) for i in range(KILLS)]
 
 
-@pytest.fixture(scope="module")
-def right(truth, prompts):
-    return truth.generate(prompts, max_tokens=ANSWER_TOKENS)
-
-
 def shared_memory_files():
     return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not used
 
@@ -56,10 +51,10 @@ def tables(directory):
     return {**owners, "blocks": set(records["owner"].tolist()), "locks": locks}
 
 
-def test_answers_stay_right_and_in_time_and_nothing_is_left_behind(fleet, readers, prompts, right, tmp_path):
+def test_answers_stay_right_and_in_time_and_nothing_is_left_behind(fleet, readers, truth, prompts, tmp_path):
     left_before = shared_memory_files()
     victims = [fleet.launch() for _ in range(STARTED_AHEAD)]
-    slowest = 0.0
+    right = []
     for number, prompt in enumerate(prompts):
         victim = victims.pop(0)
         victim.wait_ready()
@@ -71,15 +66,14 @@ def test_answers_stay_right_and_in_time_and_nothing_is_left_behind(fleet, reader
             plan = {"pid": victim.pid, "where": where, "meeting": str(meeting), "party": len(readers)}
             reader.call("vllm_faults:kill_owner", **plan)
         pending = {w: reader.begin_generate([prompt], max_tokens=ANSWER_TOKENS) for w, reader in readers.items()}
+        right += truth.generate([prompt], max_tokens=ANSWER_TOKENS)  # at the same time: as busy a machine
         for where, reader in readers.items():
             (answer,) = pending[where].result(timeout_s=60)
             killed, waited_s = reader.call("vllm_faults:killing")
             assert killed, f"round {number}: {where} did not get to kill\n{reader.log_tail()}"
             assert answer.tokens == right[number].tokens, f"round {number}: wrong after a kill in {where}"
-            slowest = max(slowest, answer.total_s - waited_s)
+            assert answer.total_s - waited_s < right[number].total_s + GRACE_S, f"round {number}: late in {where}"
         assert not victim.alive
-    recompute_s = max(answer.total_s for answer in right)
-    assert slowest < recompute_s + GRACE_S
 
     for reader in readers.values():
         counters = reader.counters()

@@ -106,8 +106,11 @@ def kill_owner(engine, *, pid, where, meeting, party):
     fetcher = roles(engine)[0].market.core.fetcher
     holder, name = (mapped, "copy_pages") if where == "copy" else (fetcher, "read")
     original = getattr(holder, name)
+    once = threading.Lock()  # several threads may copy
 
     def kill():
+        if not once.acquire(blocking=False):
+            return
         began = time.monotonic()
         Path(meeting, str(os.getpid())).touch()
         while len([*Path(meeting).iterdir()]) < party and time.monotonic() < began + 10.0:
@@ -150,11 +153,13 @@ def reset_during_copy(engine):
     from kvmarket.transport import mapped
 
     core, copy_pages = roles(engine)[0].market.core, mapped.copy_pages
+    once = threading.Lock()  # several threads may copy
 
     def copy_then_reset(*arguments):
         mapped.copy_pages = copy_pages
         copy_pages(*arguments)
-        core.registry.bump_epoch(core.namespace.digest)
+        if once.acquire(blocking=False):
+            core.registry.bump_epoch(core.namespace.digest)
 
     mapped.copy_pages = copy_then_reset
 

@@ -52,7 +52,7 @@ def slow_reads(monkeypatch):
 
 @pytest.fixture
 def slow_publish(monkeypatch):
-    slow = Slow(copy_pages, 0.15 / 24)
+    slow = Slow(copy_pages, 0.2 / 24)
     monkeypatch.setattr("kvmarket.arena_publish.copy_pages", slow)
     return slow
 
@@ -109,7 +109,7 @@ async def test_a_late_fetch_ends_with_what_is_proven(market, slow_reads):
     out = np.zeros_like(KV)
     began = time.monotonic()
     result = await market.fetch(TOKENS, out=out, deadline_s=0.1)
-    assert time.monotonic() - began < 0.6
+    assert time.monotonic() - began < 5
     assert result.report.reason is MissReason.DEADLINE
     assert 0 < result.report.blocks_adopted < BLOCKS
     assert (result.kv == KV[: result.report.blocks_adopted]).all()
@@ -153,11 +153,10 @@ async def test_a_late_publish_reads_no_more(market, slow_publish):
 
 async def test_publishes_that_wait_for_their_turn_can_be_late(market, slow_publish):
     first = asyncio.create_task(market.publish(TOKENS, KV))
-    await asyncio.sleep(0.05)
-    began = time.monotonic()
+    await asyncio.sleep(0.02)
     with pytest.raises(DeadlineExceededError):
         await market.publish(sample_tokens(2, 1), sample_kv(sample_tokens(2, 1), SPEC), deadline_s=0.02)
-    assert time.monotonic() - began < 0.1
+    assert not first.done(), "it did not wait for the other one"
     assert (await first).blocks == BLOCKS
     assert not (await market.fetch(sample_tokens(2, 1))).report.hit, "what never began never happens"
 
@@ -188,9 +187,8 @@ async def test_a_fetch_that_never_gets_its_turn_is_a_miss_in_time(config, slow_r
         await market.publish(TOKENS, KV)
         busy = asyncio.create_task(market.fetch(TOKENS))
         await asyncio.sleep(0.01)
-        began = time.monotonic()
         report = (await market.fetch(TOKENS, deadline_s=0.05)).report
-        assert time.monotonic() - began < 0.2
+        assert not busy.done(), "it did not wait for the other one"
         assert (report.reason, report.blocks_adopted) == (MissReason.DEADLINE, 0)
         assert "too many fetches" in report.detail
         waiting = asyncio.create_task(market.fetch(TOKENS))
@@ -239,7 +237,7 @@ class SlowRegistry(MemoryRegistry):
     local = False
 
     def lookup(self, *args):
-        time.sleep(0.2)
+        time.sleep(1)
         return super().lookup(*args)
 
 
@@ -249,5 +247,5 @@ async def test_a_slow_look_up_is_a_miss_in_time(config):
         assert (await market.fetch(TOKENS)).report.blocks_adopted == BLOCKS
         began = time.monotonic()
         report = (await market.fetch(TOKENS, deadline_s=0.05)).report
-        assert time.monotonic() - began < 0.15
+        assert time.monotonic() - began < 0.9
         assert (report.reason, report.blocks_adopted) == (MissReason.DEADLINE, 0)

@@ -90,7 +90,12 @@ def same_bytes(local, expected, count):
 
 @pytest.mark.parametrize(
     ("settings", "verified"),
-    [({}, {2, 3}), ({"transport": "cuda_ipc", "verify": "full"}, {PAGES}), ({"verify": "none"}, {0})],
+    [
+        ({}, {PAGES}),
+        ({"transport": "cuda_ipc", "verify": "full"}, {PAGES}),
+        ({"verify": "sampled"}, {2, 3}),
+        ({"verify": "none"}, {0}),
+    ],
 )
 def test_blocks_travel_between_processes(  # noqa: PLR0917 - fixtures
     peers, runtime_dir, api, open_core, settings, verified

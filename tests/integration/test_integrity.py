@@ -9,6 +9,7 @@ import pytest
 
 from kvmarket import Marketplace, MissReason
 from kvmarket.region.pages import copy_pages
+from kvmarket.registry.records import NO_DIGEST, block_keys
 from kvmarket.testing.samples import SPEC, sample_kv, sample_spec, sample_tokens
 
 LARGE = sample_spec(64 << 10)
@@ -69,13 +70,45 @@ async def test_samples_find_changes_sooner_or_later(owner, config, spec):
         assert short.blocks_adopted == 0, "a single page is always looked at"
 
 
-async def test_an_owner_without_digests_is_checked_by_generation_only(peers, config):
+@pytest.mark.parametrize("theirs", ["none", "sampled"])
+async def test_who_verifies_takes_nothing_from_who_does_not(peers, config, theirs):
     peer = peers.spawn()
-    peer.call(jobs.open_market, replace(config, verify="none"))
+    peer.call(jobs.open_market, replace(config, verify=theirs))
     peer.call(jobs.publish, 1, 4)
+    tokens = sample_tokens(1, 4)
     async with Marketplace("model", SPEC, config=config) as market:
-        report = (await market.fetch(sample_tokens(1, 4))).report
-        assert (report.blocks_adopted, report.blocks_verified) == (4, 0)
+        report = (await market.fetch(tokens)).report
+        assert (report.reason, report.blocks_adopted) == (MissReason.UNVERIFIED, 0)
+        assert f"KVMARKET_VERIFY={theirs}" in report.detail
+        await market.publish(tokens[:32], sample_kv(tokens[:32]))
+        report = (await market.fetch(tokens)).report
+        assert (report.reason, report.blocks_adopted) == (MissReason.UNVERIFIED, 2), "another owner steps in"
+    for ours in ("none", "sampled"):
+        async with Marketplace("model", SPEC, config=replace(config, verify=ours)) as market:
+            assert (await market.fetch(tokens)).report.blocks_adopted == 4
+
+
+async def test_records_without_a_digest_prove_nothing(market_without_digests, config):
+    """Even of an owner that says it verifies."""
+    tokens = sample_tokens(1, 4)
+    async with Marketplace("model", SPEC, config=config) as market:
+        report = (await market.fetch(tokens)).report
+        assert (report.reason, report.blocks_adopted) == (MissReason.UNVERIFIED, 0)
+        found, _, _ = market.core.fetcher.lookup(block_keys(market._hash(tokens, None)))
+        assert (found.blocks, market.core.fetcher.fresh(found).first_missing) == (4, "unverified")
+
+
+@pytest.fixture
+async def market_without_digests(config):
+    async with Marketplace("model", SPEC, config=config) as market:
+        tokens = sample_tokens(1, 4)
+        await market.publish(tokens, sample_kv(tokens))
+        registry, digest = market.core.registry, market.namespace.digest
+        keys = block_keys(market._hash(tokens, None))
+        records = registry.lookup(digest, keys).records.copy()
+        records["digest"] = np.void(NO_DIGEST)
+        assert registry.announce(digest, registry.epoch(digest), keys, records)
+        yield market
 
 
 async def test_a_new_epoch_makes_everybody_forget(owner, config, peers, spec):

@@ -148,7 +148,9 @@ async def test_withdrawn_blocks_are_gone_for_everybody(market, publisher):
     tokens = sample_tokens(1, 6)
     assert (await market.fetch(tokens)).report.blocks_adopted == 6
     assert publisher.call(jobs.withdraw, 1, 6) == 6
-    assert (await market.fetch(tokens)).report.reason is MissReason.NOT_PUBLISHED
+    report = (await market.fetch(tokens)).report  # the pages are taken back at once, their records soon after
+    assert report.blocks_adopted == 0
+    assert report.reason in {MissReason.NOT_PUBLISHED, MissReason.STALE_GENERATION}
     assert publisher.call(jobs.withdraw, 1, 6) == 0
     publisher.call(jobs.publish, 1, 6)
     assert (await market.fetch(tokens)).report.blocks_adopted == 6
@@ -173,8 +175,21 @@ async def test_old_blocks_make_room_leaf_first(config, peers):
     assert (first.kv == sample_kv(sample_tokens(1, 3))).all()
     assert first.report.blocks_adopted == 3
     assert (second.kv == sample_kv(sample_tokens(2, 5))).all()
-    with pytest.raises(ValueError, match="9 blocks do not fit an arena of 8"):
-        peer.call(jobs.publish, 3, 9)
+
+
+async def test_a_prefix_that_grows_makes_others_go_and_never_itself(config, peers):
+    peer = peers.spawn()
+    peer.call(jobs.open_market, replace(config, arena_bytes=8 * SPEC.page_bytes))
+    peer.call(jobs.publish, 1, 5)
+    peer.call(jobs.publish, 2, 3)
+    report = peer.call(jobs.publish, 1, 8)
+    assert (report.blocks, report.blocks_new) == (8, 3)
+    async with Marketplace("model", SPEC, config=config) as market:
+        assert (await market.fetch(sample_tokens(1, 8))).report.blocks_adopted == 8
+        for seed in (1, 3):
+            with pytest.raises(ValueError, match="9 blocks do not fit an arena of 8"):
+                peer.call(jobs.publish, seed, 9)
+        assert (await market.fetch(sample_tokens(1, 8))).report.blocks_adopted == 8
 
 
 async def test_pages_are_published_in_place_from_scattered_memory(config, peers, market):

@@ -189,6 +189,32 @@ async def test_a_full_registry_is_an_error_and_the_market_goes_on(config, peers)
         report = await market.publish(TOKENS, sample_kv(TOKENS))
         assert (report.blocks, report.blocks_new) == (40, 40)
         assert reader.call(jobs.fetch, 1, 40)[0].blocks_adopted == 40
+        for _ in range(3):  # full again and again: it always recovers
+            more, _message = await publish_until_full(market)
+            for seed in more:
+                await market.withdraw(sample_tokens(seed, 40))
+        assert market.metrics()["blocks_withdrawn"] > 1000
+
+
+async def test_a_registry_that_the_dead_filled_is_swept(config, peers):
+    config = replace(config, registry_bytes=1 << 20, arena_bytes=64 << 20)
+    owner = peers.spawn()
+    owner.call(jobs.open_market, config)
+    with pytest.raises(RegistryFullError):
+        owner.call(publish_many, 400, 40)
+    owner.kill()
+    async with Marketplace("model", SPEC, config=config) as market:
+        assert (await market.publish(TOKENS, sample_kv(TOKENS))).blocks == 40
+        assert len(list((config.directory / "owners").iterdir())) == 1
+
+
+async def test_a_full_registry_forgets_an_old_epoch(config, peers):
+    config = replace(config, registry_bytes=1 << 20, arena_bytes=64 << 20)
+    async with Marketplace("model", SPEC, config=config) as market:
+        await publish_until_full(market)
+        await market.bump_epoch()
+        market.core.registry.sweep()
+        assert (await market.publish(TOKENS, sample_kv(TOKENS))).blocks == 40
 
 
 async def test_processes_with_different_limits_share_a_file(config, peers):

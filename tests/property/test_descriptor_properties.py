@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmarket.errors import RegistryProtocolError
-from kvmarket.region.descriptor import MEMORIES_MAX, SEGMENTS_MAX, RegionDescriptor
+from kvmarket.region.descriptor import MEMORIES_MAX, SEGMENTS_MAX, WORD_MAX, RegionDescriptor
 from kvmarket.region.memory import MemoryAddress
 from kvmarket.region.pages import PageLayout, Segment
 
@@ -15,6 +15,7 @@ GOOD = RegionDescriptor(
     memories=(MemoryAddress(1, 5, 77, 4096), MemoryAddress(1, 6, 78, 8192)),
     generations=MemoryAddress(1, 7, 79, 4096 + 32),
     probe=bytes(64),
+    verify="sampled",
 )
 WIRE = GOOD.to_wire()
 
@@ -54,6 +55,7 @@ def refused_or_sound(wire):
     assert len(descriptor.fingerprint) == 16
     assert len(descriptor.probe) == 64
     assert descriptor.generations.nbytes > 0
+    assert len(descriptor.verify) <= WORD_MAX
     if descriptor.memories:
         descriptor.layout.check([memory.nbytes for memory in descriptor.memories])
     assert RegionDescriptor.from_wire(through_msgpack(descriptor.to_wire())) == descriptor

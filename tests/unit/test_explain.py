@@ -6,7 +6,7 @@ from kvmarket.explain import explain_nothing_found
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.registry.memory import MemoryRegistry
 from kvmarket.report import MissReason
-from kvmarket.testing.registry_suite import announce, chain
+from kvmarket.testing.sample_records import announce, chain
 from kvmarket.testing.samples import SPEC, sample_spec
 
 MINE = Namespace(ModelIdentity("llama", revision="main"), SPEC)

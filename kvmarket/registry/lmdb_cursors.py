@@ -1,0 +1,100 @@
+"""Walking the tables of the embedded registry: reading a prefix's records, removing an owner's."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from kvmarket.registry.records import blocks_to_run_end
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Cursor = Any
+"""An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
+OWNER_AT = slice(3, 7)  # where a record of this version holds its owner
+
+
+def collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
+    """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
+
+    Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
+    the blocks asked for (several owners, a fork of the prefix, the end), the rest of it is looked up block by block.
+    """
+    start = 0
+    while start < len(keys):
+        end = min(start + blocks_to_run_end(keys[start]), len(keys))
+        wanted = [prefix + key for key in keys[start:end]]
+        if not cursor.set_key(wanted[0]):
+            return
+        found = list(islice(cursor.iternext(keys=True, values=True), len(wanted)))
+        agreed = len(wanted)
+        if [key for key, _ in found] != wanted:  # compared in C
+            differ = (i for i, (key, _) in enumerate(found) if key != wanted[i])
+            agreed = max(0, next(differ, len(found)) - 1)  # the last that agrees may have more owners
+        blocks.extend(range(start, start + agreed))
+        values.extend([value for _, value in found[:agreed]])
+        if agreed < len(wanted):
+            if not _collect_one_by_one(cursor, wanted[agreed:], start + agreed, blocks, values):
+                return
+        else:
+            while cursor.next_dup():  # more owners of the last one
+                blocks.append(end - 1)
+                values.append(cursor.value())
+        start = end
+
+
+def _collect_one_by_one(
+    cursor: Cursor, wanted: list[bytes], start: int, blocks: list[int], values: list[bytes]
+) -> bool:
+    """Look up blocks `start`, `start` + 1, ... up to the first that has no record; tell whether all have one."""
+    by_key: dict[bytes, list[bytes]] = {}
+    for key, value in cursor.getmulti(wanted, dupdata=True):
+        by_key.setdefault(key, []).append(value)
+    for block, key in enumerate(wanted, start):
+        if key not in by_key:
+            return False
+        blocks.extend([block] * len(by_key[key]))
+        values.extend(by_key[key])
+    return True
+
+
+def delete_record(cursor: Cursor, key: bytes, owner_key: bytes) -> bool:
+    """Delete the record of one owner at `key`; tell whether there was one."""
+    if not cursor.set_key(key):
+        return False
+    for value in cursor.iternext_dup(keys=False, values=True):
+        if value[OWNER_AT] == owner_key:
+            cursor.delete()
+            return True
+    return False
+
+
+def keys_of_run(cursor: Cursor, run: bytes) -> list[bytes]:
+    """Return the keys of all blocks in a run, whoever has them; the cursor's table is the blocks'."""
+    keys: list[bytes] = []
+    found = cursor.set_range(run)
+    while found and cursor.key().startswith(run):
+        keys.append(cursor.key())
+        found = cursor.next_nodup()
+    return keys
+
+
+def run_has_owner(cursor: Cursor, run: bytes, owner_key: bytes) -> bool:
+    """Tell whether an owner has any block in a run."""
+    found = cursor.set_range(run)
+    while found and cursor.key().startswith(run):
+        if cursor.value()[OWNER_AT] == owner_key:
+            return True
+        found = cursor.next()
+    return False
+
+
+def delete_prefix(cursor: Cursor, prefix: bytes, limit: int) -> int:
+    """Delete up to `limit` keys that start with `prefix`; return how many those were."""
+    removed = 0
+    found = cursor.set_range(prefix)
+    while found and removed < limit and cursor.key().startswith(prefix):
+        found = cursor.delete(dupdata=True)
+        removed += 1
+    return removed

@@ -1,0 +1,74 @@
+"""The registry file against the reference: prefixes that fork, several owners of a block, prefixes that end."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmarket.registry import block_keys
+from kvmarket.registry.lmdb import LmdbRegistry
+from kvmarket.registry.memory import MemoryRegistry
+from kvmarket.registry.records import RUN_BLOCKS, make_records
+
+DIGEST = bytes(32)
+LENGTH = 3 * RUN_BLOCKS
+EDGES = (0, 1, RUN_BLOCKS - 1, RUN_BLOCKS, RUN_BLOCKS + 1, 2 * RUN_BLOCKS - 1, 2 * RUN_BLOCKS, LENGTH - 1, LENGTH)
+positions = st.one_of(st.sampled_from(EDGES), st.integers(0, LENGTH))
+
+
+def chain(fork, tail):
+    """Hashes of `LENGTH` blocks: those before `fork` are the same for every tail."""
+    return [(f"{i}" if i < fork else f"{i} {fork} {tail}").encode().ljust(32, b".") for i in range(LENGTH)]
+
+
+announcements = st.lists(
+    st.tuples(st.integers(0, 2), st.tuples(positions, st.integers(0, 2)), positions, positions), min_size=1, max_size=8
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("registries")
+
+
+@settings(max_examples=60, deadline=None)
+@given(announced=announcements, asked=st.tuples(st.integers(0, 7), positions, positions))
+def test_both_registries_find_the_same(directory, announced, asked):
+    path = directory / str(len(list(directory.iterdir())))
+    registries = [LmdbRegistry(path, map_bytes=16 << 20), MemoryRegistry()]
+    answers = []
+    for registry in registries:
+        epoch = registry.open_namespace(DIGEST, {})
+        owners = [registry.register_owner(bytes([i]) * 16).owner for i in range(3)]
+        for number, (who, shape, start, end) in enumerate(announced):
+            keys = block_keys(chain(*shape))[start:end]
+            pages = np.arange(len(keys)) + 1000 * number
+            records = make_records(owners[who], 0, pages, np.full(len(keys), 2, np.uint64))
+            assert registry.announce(DIGEST, epoch, keys, records)
+        which, first, last = asked
+        shape = announced[which % len(announced)][1]
+        found = registry.lookup(DIGEST, block_keys(chain(*shape))[first:last])
+        rows = sorted((int(r["block"]), owners.index(int(r["owner"])), int(r["page"])) for r in found.records)
+        answers.append((found.blocks, rows, found.first_missing))
+        for owner in owners:
+            registry.release_owner(owner)
+        registry.close()
+    assert answers[0] == answers[1]
+
+
+def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):
+    registry = LmdbRegistry(tmp_path / "registry")
+    epoch = registry.open_namespace(DIGEST, {})
+    first, second = (registry.register_owner(bytes([i]) * 16).owner for i in range(2))
+    keys = block_keys(chain(LENGTH, 0))
+    records = make_records(first, 0, np.arange(LENGTH), np.full(LENGTH, 2, np.uint64))
+    registry.announce(DIGEST, epoch, keys, records)
+    for last in (RUN_BLOCKS, RUN_BLOCKS + 5, LENGTH):
+        also = make_records(second, 0, np.array([7]), np.array([2], np.uint64))
+        registry.announce(DIGEST, epoch, keys[last - 1 : last], also)
+        found = registry.lookup(DIGEST, keys[:last])
+        assert found.blocks == last
+        assert sorted(found.records["owner"][found.records["block"] == last - 1].tolist()) == [first, second]
+    for owner in (first, second):
+        registry.release_owner(owner)
+    registry.close()

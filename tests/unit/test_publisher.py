@@ -1,0 +1,175 @@
+"""The announcing thread, where its timing matters; `tests/property` has the publisher's rules."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvmarket.deadline import Deadline
+from kvmarket.errors import DeadlineExceededError, MarketClosedError
+from kvmarket.identity import ModelIdentity, Namespace
+from kvmarket.metrics import Metrics
+from kvmarket.publish import QUEUE_MAX, Publisher
+from kvmarket.region.pages import PagedMemory
+from kvmarket.region.region import LentRegion
+from kvmarket.registry.memory import MemoryRegistry
+from kvmarket.testing.samples import SPEC
+
+NAMESPACE = Namespace(ModelIdentity("m"), SPEC)
+KEYS = [bytes([number]) * 44 for number in range(8)]
+
+
+class GatedRegistry(MemoryRegistry):
+    """Announcements wait until the gate is open; all that came through is remembered."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.waiting = threading.Event(), threading.Event()
+        self.announced, self.withdrawn = [], []
+
+    def announce(self, digest, epoch, keys, records):
+        self.waiting.set()
+        assert self.gate.wait(10)
+        self.announced += keys
+        return super().announce(digest, epoch, keys, records)
+
+    def withdraw(self, digest, owner, keys):
+        self.withdrawn += keys
+        return super().withdraw(digest, owner, keys)
+
+
+@pytest.fixture
+def registry():
+    registry = GatedRegistry()
+    registry.open_namespace(NAMESPACE.digest, {})
+    return registry
+
+
+@pytest.fixture
+def publisher(registry):
+    owner = registry.register_owner(os.urandom(16))
+    pages = PagedMemory.packed(np.zeros((8, 64), np.uint8))
+    region = LentRegion(0, owner.incarnation, pages, (), SPEC.fingerprint)
+    publisher = Publisher(NAMESPACE, registry, owner, region, Metrics(), with_digests=True)
+    yield publisher
+    registry.gate.set()
+    publisher.close()
+    region.close()
+
+
+@pytest.fixture
+def busy(registry, publisher):
+    """The announcing thread is in the registry with block 0 and does not come back."""
+    publisher.offer([KEYS[0]], [0])
+    assert registry.waiting.wait(10)
+
+
+def found(registry):
+    return [key for key in KEYS if registry.lookup(NAMESPACE.digest, [key]).blocks]
+
+
+def settle(registry, publisher):
+    registry.gate.set()
+    publisher.flush(Deadline(10))
+
+
+def test_a_block_taken_back_before_its_turn_is_never_announced(registry, publisher, busy):
+    publisher.offer(KEYS[1:4], [1, 2, 3])
+    publisher.retract([2])
+    settle(registry, publisher)
+    assert registry.announced == [KEYS[0], KEYS[1], KEYS[3]]
+    assert found(registry) == [KEYS[0], KEYS[1], KEYS[3]]
+
+
+def test_a_block_that_moved_before_its_turn_is_announced_where_it_is(registry, publisher, busy):
+    publisher.offer([KEYS[1]], [1])
+    publisher.retract([1])
+    publisher.offer([KEYS[1]], [5])
+    publisher.offer([KEYS[2]], [1])
+    settle(registry, publisher)
+    pages = {key: int(registry.lookup(NAMESPACE.digest, [key]).records["page"][0]) for key in KEYS[1:3]}
+    assert pages == {KEYS[1]: 5, KEYS[2]: 1}
+    assert KEYS[1] not in registry.withdrawn, "the newer record is not withdrawn for the older page"
+
+
+def test_forgetting_reaches_what_waits(registry, publisher, busy):
+    publisher.offer(KEYS[1:3], [1, 2])
+    publisher.forget_all()
+    settle(registry, publisher)
+    assert registry.announced == [KEYS[0]]
+    assert publisher.page_of(KEYS[0]) is None
+
+
+def test_an_epoch_that_ended_meanwhile_is_noticed(registry, publisher, busy):
+    publisher.offer(KEYS[1:3], [1, 2])
+    registry.bump_epoch(NAMESPACE.digest)
+    settle(registry, publisher)
+    assert found(registry) == []
+    assert [publisher.page_of(key) for key in KEYS[:3]] == [None] * 3
+    publisher.offer(KEYS[:3], [0, 1, 2])
+    publisher.flush(Deadline(10))
+    assert found(registry) == KEYS[:3]
+
+
+def test_what_this_process_offered_after_its_own_bump_stays(registry, publisher, busy):
+    """An announcement for the old epoch comes back refused when the new one is known already."""
+    publisher.forget_all(registry.bump_epoch(NAMESPACE.digest))
+    publisher.offer(KEYS[4:6], [4, 5])
+    settle(registry, publisher)
+    assert found(registry) == KEYS[4:6]
+
+
+def test_a_future_tells_when_and_cannot_be_cancelled(registry, publisher, busy):
+    future = publisher.offer([KEYS[1]], [1], wait=True)
+    assert not future.cancel()
+    assert not future.done()
+    registry.gate.set()
+    assert future.result(10) >= 1
+    publisher.offer([KEYS[2]], [2], wait=True).result(10)
+    assert found(registry) == KEYS[:3]
+
+
+def test_a_full_queue_drops_and_counts_and_offers_again(registry, publisher, busy):
+    for _ in range(QUEUE_MAX):
+        publisher.offer([], [])
+    future = publisher.offer([KEYS[1]], [1], wait=True)
+    with pytest.raises(DeadlineExceededError, match="too many"):
+        future.result(0)
+    assert publisher.page_of(KEYS[1]) is None, "what was dropped is not readable"
+    assert publisher._metrics.snapshot()["announcements_dropped"] == 1
+    registry.gate.set()
+    end = time.monotonic() + 10
+    while not publisher._queue.empty():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    publisher.offer([KEYS[1]], [1])
+    publisher.flush(Deadline(10))
+    assert found(registry) == KEYS[:2]
+
+
+def test_flush_has_a_deadline(publisher, busy):
+    with pytest.raises(DeadlineExceededError):
+        publisher.flush(Deadline(0.05))
+
+
+def test_one_call_with_a_block_twice(registry, publisher):
+    registry.gate.set()
+    publisher.offer([KEYS[1], KEYS[1]], [1, 2])
+    publisher.flush(Deadline(10))
+    page = publisher.page_of(KEYS[1])
+    publisher.retract([1, 2])
+    publisher.flush(Deadline(10))
+    assert page in {1, 2}
+    assert publisher.page_of(KEYS[1]) is None
+    assert found(registry) == []
+
+
+def test_closed_publishers_take_nothing_more(registry, publisher):
+    registry.gate.set()
+    publisher.close()
+    publisher.close()
+    with pytest.raises(MarketClosedError):
+        publisher.offer([KEYS[0]], [0])
+    publisher.retract([0])
