@@ -1,7 +1,7 @@
 """Time to first token of a stock vLLM replica: computed, fetched from another replica, and found in its own cache.
 
-Interleaved in one run, prompt by prompt; medians. "Fetched minus local" is what kvmarket costs over a perfect local hit; beside
-it stands the physical limit, one memcpy of the same bytes in the same run. The last line is JSON.
+Interleaved in one run, prompt by prompt; medians. "Fetched minus local" is what kvmarket costs over a perfect local
+hit; beside it stands the physical limit, one memcpy of the same bytes in the same run. The last line is JSON.
 
     python bench/vllm_ttft.py [--model tiny|small] [--prompts 15] [--quick]
 """
@@ -80,7 +80,9 @@ def summary(model: str, rounds: list[Round], copies: list[float], transport: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=(*MODELS, "both"), default="both", help="4M or 140M parameters, or both (default)")
+    parser.add_argument(
+        "--model", choices=(*MODELS, "both"), default="both", help="4M or 140M parameters, or both (default)"
+    )
     parser.add_argument("--prompts", type=int, default=15, help="prompts per model (default 15)")
     parser.add_argument("--quick", action="store_true", help="the tiny model and three prompts")
     args = parser.parse_args()
@@ -89,12 +91,19 @@ def main() -> None:
     for model in models:
         print(f"{model}: 1,536 + {TAIL_TOKENS} tokens, two replicas", file=sys.stderr)
         results.append(summary(model, *play(model, 3 if args.quick else args.prompts)))
-    print(f"{'model':>6} {'KV MiB':>7} {'cold ms':>9} {'fetched':>9} {'local':>9} {'fetched-local':>14} {'memcpy':>8} {'cold/fetched':>13}")
-    for r in results:
-        print(
-            f"{r['model']:>6} {r['kv_mib']:>7} {r['ttft_cold_ms']:>9} {r['ttft_fetched_ms']:>9} {r['ttft_local_hit_ms']:>9} "
-            f"{r['fetched_minus_local_ms']:>14} {r['memcpy_ms']:>8} {r['cold_over_fetched']:>13}"
-        )
+    columns = {
+        "model": ("model", 6),
+        "KV MiB": ("kv_mib", 7),
+        "cold ms": ("ttft_cold_ms", 9),
+        "fetched": ("ttft_fetched_ms", 9),
+        "local": ("ttft_local_hit_ms", 9),
+        "fetched-local": ("fetched_minus_local_ms", 14),
+        "memcpy": ("memcpy_ms", 8),
+        "cold/fetched": ("cold_over_fetched", 13),
+    }
+    print(" ".join(f"{title:>{width}}" for title, (_, width) in columns.items()))
+    for result in results:
+        print(" ".join(f"{result[key]:>{width}}" for key, width in columns.values()))
     print(json.dumps({"bench": "vllm_ttft", "results": results}))
 
 

@@ -1,7 +1,7 @@
 """The main job on one host: a stock vLLM replica serves a prefix that another replica has computed.
 
-Three stock vLLM engines in three processes: A and B with the connector, C without it. A computes a long shared prefix; B,
-which has never seen it, fetches its KV cache from A's memory; C shows what the tokens have to be. The last line is JSON.
+Three stock vLLM engines in three processes: A and B with the connector, C without. A computes a long shared prefix; B,
+which has never seen it, fetches its KV cache from A's memory; C shows what the tokens must be. The last line is JSON.
 
     make demo
 """
@@ -29,8 +29,9 @@ def say(text: str) -> None:
 
 def show(seed: int, played: Round) -> None:
     say(
-        f"  prompt {seed}: computed {played.cold.ttft_s * 1e3:7.1f} ms   fetched {played.fetched.ttft_s * 1e3:6.1f} ms   "
-        f"local hit {played.local.ttft_s * 1e3:6.1f} ms   {played.external_tokens} of {played.prompt_tokens} tokens "
+        f"  prompt {seed}: computed {played.cold.ttft_s * 1e3:7.1f} ms   "
+        f"fetched {played.fetched.ttft_s * 1e3:6.1f} ms   local hit {played.local.ttft_s * 1e3:6.1f} ms   "
+        f"{played.external_tokens} of {played.prompt_tokens} tokens "
         f"fetched   answers {'identical' if played.identical else 'DIFFER'}"
     )
 
@@ -82,7 +83,9 @@ def report(rounds: list[Round], transport: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("small", "tiny"), default="small", help="140M or 4M parameters, random weights")
+    parser.add_argument(
+        "--model", choices=("small", "tiny"), default="small", help="140M or 4M parameters, random weights"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="prompts to play (default 3)")
     args = parser.parse_args()
     if args.rounds < 1:
@@ -92,7 +95,7 @@ def main() -> int:
         a, b, c = start(host, size, Path(scratch))
         say("warming up: one prompt through every replica")
         show(0, play_round(a, b, c, seed=0))
-        say(f"{args.rounds} prompts that no replica has seen: A computes, B fetches, B has it, C computes without kvmarket")
+        say(f"{args.rounds} prompts that no replica has seen: A computes, B fetches, B has it; C has no kvmarket")
         rounds = []
         for seed in range(1, args.rounds + 1):
             rounds.append(play_round(a, b, c, seed=seed))

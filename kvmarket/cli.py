@@ -14,6 +14,8 @@ from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, usage, vie
 from kvmarket.errors import KVMarketError
 from kvmarket.registry import Registry, open_registry
 
+KIB = 1024
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A memcached for transformer attention states.")
 
 
@@ -29,9 +31,9 @@ def _open(config: MarketConfig) -> Registry:
 
 def _size(nbytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
+        if nbytes < KIB or unit == "GiB":
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
+        nbytes /= KIB
     raise AssertionError
 
 
@@ -55,9 +57,7 @@ def doctor() -> None:
         print(f"  {numbers.path}: {_size(numbers.used_bytes)} used of at most {_size(numbers.limit_bytes)}")
         print(f"  {numbers.blocks} blocks, {numbers.owners} owners of which {numbers.dead_owners} are dead")
         if numbers.dead_owners:
-            print(
-                "  dead owners' records are never served; `kvmarket sweep` removes them, and so does every new marketplace"
-            )
+            print("  dead owners' records are never served; `kvmarket sweep` and every new marketplace remove them")
         print("\nlive owners")
         owners = view_owners(registry, config)
         for owner in owners:
@@ -83,11 +83,8 @@ def stats(as_json: bool = typer.Option(False, "--json", help="One JSON object.")
         return
     print(f"{numbers.blocks} blocks of {numbers.owners - numbers.dead_owners} live owners in {numbers.path}")
     for info in namespaces:
-        d = info.description
-        print(
-            f"  {info.digest.hex()[:12]}  {d.get('model.name')} {d.get('spec.dtype')}, blocks of {d.get('spec.block_size')} "
-            f"tokens, {len(info.owners)} owners"
-        )
+        model, dtype, tokens = (info.description.get(key) for key in ("model.name", "spec.dtype", "spec.block_size"))
+        print(f"  {info.digest.hex()[:12]}  {model} {dtype}, blocks of {tokens} tokens, {len(info.owners)} owners")
 
 
 def _as_json(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmarket.core import make_transports
-from kvmarket.errors import KVMarketError
+from kvmarket.errors import ConfigError, KVMarketError
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
 from kvmarket.registry.lmdb import LmdbRegistry
@@ -59,13 +60,13 @@ def check_shared_memory() -> str:
 
 def usage(registry: Registry) -> Usage:
     """Count what is in an embedded registry."""
-    assert isinstance(registry, LmdbRegistry)
+    registry = _embedded(registry)
     return Usage(*registry.usage())
 
 
 def view_owners(registry: Registry, config: MarketConfig) -> list[OwnerView]:
     """Connect to every region of every live owner and say how, or why not."""
-    assert isinstance(registry, LmdbRegistry)
+    registry = _embedded(registry)
     selector = TransportSelector(make_transports(config.transport))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():
@@ -76,7 +77,7 @@ def view_owners(registry: Registry, config: MarketConfig) -> list[OwnerView]:
                 if wire is None:
                     continue
                 descriptor = RegionDescriptor.from_wire(wire)
-                connection = selector.connection(owner, region_id, lambda found=descriptor: found)
+                connection = selector.connection(owner, region_id, partial(_given, descriptor))
                 pages = f"{descriptor.layout.num_pages} pages of {descriptor.layout.page_bytes} bytes"
                 verdicts.append(f"region {region_id} ({pages}) by {connection.scheme}, {connection.path}")
             except KVMarketError as error:
@@ -84,3 +85,13 @@ def view_owners(registry: Registry, config: MarketConfig) -> list[OwnerView]:
         views.append(OwnerView(str(owner), "; ".join(verdicts) or "lends nothing yet"))
     selector.close()
     return views
+
+
+def _embedded(registry: Registry) -> LmdbRegistry:
+    if not isinstance(registry, LmdbRegistry):
+        raise ConfigError(f"the {registry.scheme} registry cannot be looked at from outside")
+    return registry
+
+
+def _given(descriptor: RegionDescriptor) -> RegionDescriptor:
+    return descriptor

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
 from kvmarket.helper import Helper
@@ -123,7 +124,10 @@ class Fetcher:
         records = found.records
         if self._verify == "full" and not (vouched := records["digest"] != _NO_DIGEST).all():
             records = records[vouched]
-            outcome.reason, outcome.detail = MissReason.UNVERIFIED, "it was announced without a digest (as with KVMARKET_VERIFY=none)"
+            outcome.reason, outcome.detail = (
+                MissReason.UNVERIFIED,
+                "it was announced without a digest (as with KVMARKET_VERIFY=none)",
+            )
         while outcome.blocks < found.blocks:
             if deadline.expired:
                 outcome.reason, outcome.detail = MissReason.DEADLINE, "the deadline passed"
@@ -172,6 +176,10 @@ class Fetcher:
             outcome.reason = MissReason.UNREACHABLE
             kinds = " or ".join(sorted(connection.fills))
             outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, not into {local.kind} memory"
+            return 0
+        if self._verify == "full" and not can_digest(local.kind, connection.digest):
+            outcome.reason = MissReason.UNVERIFIED
+            outcome.detail = f"{owner}: its digests ({connection.digest}) cannot be compared in {local.kind} memory"
             return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
         verification = Verification(self._verify, run, local, targets, connection.digest)

@@ -26,8 +26,8 @@ class MissReason(StrEnum):
     DIGEST_MISMATCH = "digest_mismatch"
     """The bytes read are not those the owner announced; they were discarded."""
     UNVERIFIED = "unverified"
-    """Only owners that do not compare every digest of what they adopt hold it, and ``KVMARKET_VERIFY`` is ``full`` here:
-    nobody vouches for their bytes, nor for what they computed from them."""
+    """Only owners that do not compare every digest of what they adopt hold it, and ``KVMARKET_VERIFY`` is ``full``
+    here: nobody vouches for their bytes, nor for what they computed from them."""
     OWNER_GONE = "owner_gone"
     """The process that held the block died or restarted."""
     UNREACHABLE = "unreachable"

@@ -6,8 +6,7 @@ Version tolerance: hooks are duck-typed, names that only some versions have are 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
@@ -16,6 +15,9 @@ from kvmarket_vllm.messages import StepPlan, WorkerFacts
 from kvmarket_vllm.scheduler import SchedulerRole
 from kvmarket_vllm.stats import MarketPromMetrics, MarketStats
 from kvmarket_vllm.worker import WorkerRole
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -35,7 +37,8 @@ class KVMarketConnector(KVConnectorBase_V1):
     """Fetches prefixes that other replicas have computed, and lets them fetch this one's, in place.
 
     Settings come from ``KVMARKET_*`` and, above them, from ``kv_connector_extra_config``: any field of
-    `kvmarket.MarketConfig`, ``model_id`` (default: derived from the checkpoint) and ``weights_digest`` (default: computed).
+    `kvmarket.MarketConfig`, ``model_id`` (default: derived from the checkpoint) and ``weights_digest`` (default:
+    computed).
     """
 
     if CacheHitSource is not None:
@@ -47,12 +50,15 @@ class KVMarketConnector(KVConnectorBase_V1):
         config, own = split_extra_config(dict(transfer.kv_connector_extra_config or {}))
         self._scheduler: SchedulerRole | None = None
         self._worker: WorkerRole | None = None
+        self._invalid: set[int] = set()
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerRole(vllm_config, config, own, kv_cache_config, _worker_rank())
             return
         if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
             transfer.kv_load_failure_policy = "recompute"
-            logger.info("kvmarket: kv_load_failure_policy is now 'recompute': a block that cannot be fetched is computed")
+            logger.info(
+                "kvmarket: kv_load_failure_policy is now 'recompute': a block that cannot be fetched is computed"
+            )
         supported = not unsupported(vllm_config, kv_cache_config)  # if not, the workers' facts say why
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size if supported else 1
         self._scheduler = SchedulerRole(
@@ -116,7 +122,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         return self._worker.facts if self._worker is not None else None
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        """Before the forward: make unreadable what it overwrites. (Old versions pass a set here and bind the plan.)"""
+        """Before the forward: make unreadable what it overwrites. Old versions pass a set here and bind the plan."""
         if self._worker is None:
             return
         plan = kv_connector_metadata if isinstance(kv_connector_metadata, StepPlan) else self._plan()
@@ -153,7 +159,7 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks of the loads just reported that were not loaded; vLLM computes them."""
-        invalid, self._invalid = getattr(self, "_invalid", set()), set()
+        invalid, self._invalid = self._invalid, set[int]()
         return invalid
 
     def _plan(self) -> StepPlan | None:
@@ -188,8 +194,7 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Plan the step."""
-        assert self._scheduler is not None
-        return self._scheduler.plan_step(scheduler_output)
+        return self._scheduler.plan_step(scheduler_output) if self._scheduler is not None else StepPlan()
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Learn which loads are over."""

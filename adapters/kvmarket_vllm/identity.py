@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
 
@@ -11,14 +11,16 @@ from kvmarket.config import MarketConfig
 from kvmarket.errors import ConfigError
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.spec import KVCacheSpec
-from kvmarket_vllm.messages import WorkerFacts
+
+if TYPE_CHECKING:
+    from kvmarket_vllm.messages import WorkerFacts
 
 _OWN_KEYS = ("model_id", "weights_digest")
 _MODEL_LENGTH_MATTERS = ("longrope", "dynamic", "su")
 
 
 def split_extra_config(extra: dict[str, Any]) -> tuple[MarketConfig, dict[str, str]]:
-    """Read ``kv_connector_extra_config``: settings of `MarketConfig` by field name, plus ``model_id`` and ``weights_digest``.
+    """Read ``kv_connector_extra_config``: settings of `MarketConfig`, ``model_id``, ``weights_digest``.
 
     Raises:
         ConfigError: an unknown key or a bad value, by name.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kvmarket.errors import InvalidInputError
 from kvmarket.region import PagedMemory, PageLayout, Segment, SharedMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
 
 RUNS_MAX = 512
 """Runs of bytes per block and layer: K and V of every head may lie apart, single rows may not."""

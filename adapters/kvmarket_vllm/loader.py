@@ -12,15 +12,18 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.core import MarketCore
 from kvmarket.deadline import Deadline
 from kvmarket.errors import KVMarketError
-from kvmarket.region import PagedMemory
-from kvmarket_vllm.messages import Load, Rank
-from kvmarket_vllm.stats import Deltas
+
+if TYPE_CHECKING:
+    from kvmarket.core import MarketCore
+    from kvmarket.region import PagedMemory
+    from kvmarket_vllm.messages import Load, Rank
+    from kvmarket_vllm.stats import Deltas
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -109,4 +112,3 @@ class Loader:
         with suppress(queue.Full):
             self._queue.put(None, timeout=1.0)
         self._thread.join(1.0)
-

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from kvmarket.registry import LookupResult
+if TYPE_CHECKING:
+    from kvmarket.registry import LookupResult
 
 Rank = tuple[int, int]
 """(pipeline rank, tensor rank) of a worker."""

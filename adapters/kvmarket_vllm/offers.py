@@ -6,11 +6,14 @@ block long before it writes to it, and until then peers may read it: that costs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmarket.registry.records import block_key
-from kvmarket_vllm.messages import StepPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmarket_vllm.messages import StepPlan
 
 GROUP_SUFFIX = (0).to_bytes(4, "big")
 """What vLLM's pool appends to the block hashes of KV cache group 0."""
@@ -19,7 +22,7 @@ GROUP_SUFFIX = (0).to_bytes(4, "big")
 class Offers:
     """Offered blocks and the block tables of running requests."""
 
-    def __init__(self, block_size: int, enabled: bool) -> None:
+    def __init__(self, block_size: int, *, enabled: bool) -> None:
         self._block_size, self._enabled = block_size, enabled
         self._pool: Any = None
         self._hash_map: Any = None
@@ -33,7 +36,7 @@ class Offers:
         self._pool, self._hash_map = pool, getattr(pool, "cached_block_hash_to_block", None)
 
     def pool_was_reset(self) -> bool:
-        """Tell whether vLLM's prefix cache was reset since the last call: vLLM then makes a new hash map, and tells nobody."""
+        """Tell whether vLLM's prefix cache was reset since the last call: it makes a new hash map, and tells nobody."""
         current = getattr(self._pool, "cached_block_hash_to_block", None)
         if current is self._hash_map:
             return False

@@ -1,4 +1,4 @@
-"""The scheduler role: what do peers have of this prompt, which blocks may peers read, which are about to be overwritten.
+"""The scheduler role: what do peers have of this prompt, which blocks may peers read, which get overwritten.
 
 No I/O but look-ups in the local registry, nothing blocks, nothing raises into the engine.
 """
@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.errors import KVMarketError, RegistryError
-from kvmarket.registry import LookupResult
 from kvmarket.registry.records import block_key, block_keys
 from kvmarket_vllm.identity import hash_algorithm, hash_root, namespace
 from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
 from kvmarket_vllm.stats import Deltas
+
+if TYPE_CHECKING:
+    from kvmarket.config import MarketConfig
+    from kvmarket.registry import LookupResult
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -38,7 +40,9 @@ class _Match:
 class SchedulerRole:
     """State of one engine's scheduler-side connector. Used from the scheduler's thread only."""
 
-    def __init__(self, vllm_config: Any, config: MarketConfig, block_size: int, fetches: bool, publishes: bool) -> None:
+    def __init__(
+        self, vllm_config: Any, config: MarketConfig, block_size: int, *, fetches: bool, publishes: bool
+    ) -> None:
         self._config, self._block_size, self._fetches = config, block_size, fetches
         self._algorithm = hash_algorithm(vllm_config)
         self._facts: dict[Rank, WorkerFacts] = {}
@@ -50,7 +54,7 @@ class SchedulerRole:
         self._matches: dict[str, _Match] = {}
         self._loading: dict[str, tuple[bytes, set[int]]] = {}
         self._failed: set[str] = set()
-        self._offers = Offers(block_size, publishes)
+        self._offers = Offers(block_size, enabled=publishes)
         self._plan = StepPlan()
         self._logged: dict[str, int] = {}
         self.deltas = Deltas()
@@ -70,7 +74,7 @@ class SchedulerRole:
         self._offers.bind_pool(pool)
 
     def _cores(self) -> dict[Rank, MarketCore] | None:
-        """Return a core per rank, or None while there is none. The first call opens them: vLLM's hash root is there by then."""
+        """Return a core per rank, or None while there is none. The first call with a hash root opens them."""
         if self._opening is None:
             root = hash_root()
             if not root or not self._facts:
@@ -94,7 +98,7 @@ class SchedulerRole:
     # ---- matching
 
     def match(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
-        """Answer `get_num_new_matched_tokens`: tokens that peers hold beyond the first `num_computed`, loaded asynchronously."""
+        """Answer `get_num_new_matched_tokens`: tokens that peers hold beyond the first `num_computed`; load later."""
         self._requests[request.request_id] = request
         cores = self._cores()
         if not self._fetches or cores is None or request.request_id in self._failed:

@@ -1,21 +1,23 @@
 """Let vLLM allocate its KV cache in shared memory, without changing vLLM.
 
-vLLM since 0.31 asks a connector for a context in which it allocates. Inside it, the ``torch.zeros(n, dtype=int8)`` on the CPU
-that makes the KV cache is answered with a tensor over a memfd, which peers can map. Older versions make the connector just
-before they allocate and register the tensors just after, so there the context spans these two calls.
+vLLM since 0.31 asks a connector for a context in which it allocates. Inside it, the ``torch.zeros(n, dtype=int8)`` on
+the CPU that makes the KV cache is answered with a tensor over a memfd, which peers can map. Older versions make the
+connector just before they allocate and register the tensors just after, so there the context spans these two calls.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from kvmarket.errors import KVMarketError
 from kvmarket.region import SharedMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ class MarketStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Start again from nothing."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add another role's or rank's deltas."""
@@ -88,7 +88,11 @@ class MarketPromMetrics(KVConnectorPromMetrics):
     """Prometheus counters of one API process."""
 
     def __init__(
-        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._values = per_engine_labelvalues

@@ -22,7 +22,8 @@ def model_identity(vllm_config: Any, model_id: str = "", weights_digest: str = "
 
     Args:
         vllm_config: vLLM's.
-        model_id, weights_digest: what the user says instead, from ``kv_connector_extra_config``.
+        model_id: what the user calls the model, from ``kv_connector_extra_config``.
+        weights_digest: what the user says its weights are.
     """
     model = vllm_config.model_config
     path = Path(model.model)
@@ -41,7 +42,7 @@ def model_identity(vllm_config: Any, model_id: str = "", weights_digest: str = "
 
 
 def _architecture(model: Any) -> str:
-    return (getattr(model.hf_config, "architectures", None) or ["model"])[0]
+    return str((getattr(model.hf_config, "architectures", None) or ["model"])[0])
 
 
 def _config_digest(path: Path) -> str:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.errors import InvalidInputError, KVMarketError
-from kvmarket.publish import Publisher
-from kvmarket.region import LentRegion, PagedMemory, SharedMemory
 from kvmarket.spec import KVCacheSpec
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
 from kvmarket_vllm.layout import kv_dtype, paged_memory
@@ -25,6 +20,15 @@ from kvmarket_vllm.shared_alloc import SharedAllocation
 from kvmarket_vllm.stats import Deltas
 from kvmarket_vllm.weights import model_identity
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from kvmarket.config import MarketConfig
+    from kvmarket.publish import Publisher
+    from kvmarket.region import LentRegion, PagedMemory, SharedMemory
+
 logger = logging.getLogger("vllm.kvmarket")
 
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
@@ -34,7 +38,9 @@ _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped",
 class _Market:
     """The open market of one worker: core, region, publisher and loader, made and closed together."""
 
-    def __init__(self, core: MarketCore, pages: PagedMemory, shared: list[SharedMemory], rank: Rank, deltas: Deltas) -> None:
+    def __init__(
+        self, core: MarketCore, pages: PagedMemory, shared: list[SharedMemory], rank: Rank, deltas: Deltas
+    ) -> None:
         self.core = core
         self.region: LentRegion = core.lend(pages, shared)
         self.publisher: Publisher = core.publisher(self.region)
@@ -48,7 +54,9 @@ class _Market:
 class WorkerRole:
     """State of one rank's connector. Used from the worker's thread only."""
 
-    def __init__(self, vllm_config: Any, config: MarketConfig, own: dict[str, str], kv_cache_config: Any, rank: Rank) -> None:
+    def __init__(
+        self, vllm_config: Any, config: MarketConfig, own: dict[str, str], kv_cache_config: Any, rank: Rank
+    ) -> None:
         self._vllm_config, self._config, self._own = vllm_config, config, own
         self._kv_cache_config, self._rank = kv_cache_config, rank
         self._allocation = SharedAllocation()
@@ -110,7 +118,9 @@ class WorkerRole:
             block_size=cache.block_size,
             layout=str(getattr(self._kv_cache_config, "kv_cache_layout", None) or "engine"),
             kv_split=not mla,
-            quantization="" if self._vllm_config.cache_config.cache_dtype == "auto" else str(self._vllm_config.cache_config.cache_dtype),
+            quantization=""
+            if self._vllm_config.cache_config.cache_dtype == "auto"
+            else str(self._vllm_config.cache_config.cache_dtype),
             packing=self._instruction_set(),
             pp_rank=self._rank[0],
             pp_size=parallel.pipeline_parallel_size,
@@ -209,7 +219,9 @@ class WorkerRole:
                     undo.pop_all()
                 logger.info(
                     "kvmarket is open: %d pages of %d bytes, namespace %s, transports %s",
-                    pages.layout.num_pages, pages.layout.page_bytes, space.digest.hex()[:12],
+                    pages.layout.num_pages,
+                    pages.layout.page_bytes,
+                    space.digest.hex()[:12],
                     "+".join(market.core.transports.schemes),
                 )
                 return market

@@ -1,4 +1,4 @@
-"""The main job as a scene that tests, the demo and the benchmark play: one replica computes a prefix, another fetches it."""
+"""The main job as a scene for tests, demo and benchmark: one replica computes a prefix, another fetches it."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def play_round(
 
 
 def carried_by(replica: Replica) -> str:
-    """Return the transports that carried bytes to a replica, joined by ``+``, from its own metrics; ``none`` if none did."""
+    """Return the transports that carried bytes to a replica, by its own metrics, joined by ``+``; ``none`` if none."""
     found = [name for name, value in replica.counters().items() if name.startswith(_CARRIED) and value > 0]
     return "+".join(sorted(name.removeprefix(_CARRIED).removesuffix("}") for name in found)) or "none"

@@ -85,10 +85,7 @@ def test_a_checkpoint_is_written_once_and_depends_on_size_and_seed(tmp_path):
     size = ModelSize("mini", 64, 96, 2, 2, 1, 32, vocab_size=64)
     first = write_model(tmp_path / "one", size)
     weights = (first / "model.safetensors").read_bytes()
-    assert (
-        sum(tensor.numel() for tensor in load_file(first / "model.safetensors").values())
-        == size.num_parameters
-    )
+    assert sum(tensor.numel() for tensor in load_file(first / "model.safetensors").values()) == size.num_parameters
 
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert write_model(tmp_path / "one", size) == first

@@ -21,7 +21,7 @@ class Scheduler:
             blocks=[SimpleNamespace(block_hash=None) for _ in range(32)], cached_block_hash_to_block={}
         )
         self.requests = {}
-        self.offers = Offers(BLOCK, enabled)
+        self.offers = Offers(BLOCK, enabled=enabled)
         self.offers.bind_pool(self.pool)
 
     def request(self, name, num_tokens, chain=None):
