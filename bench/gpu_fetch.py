@@ -43,8 +43,8 @@ SMALL = KVCacheSpec(32, 8, 128, "bfloat16", 8, layout="LKNHC")
 """One block of it is 1 MiB."""
 MIB, GIB = 1 << 20, 1 << 30
 SLICE_COPIES = 2048
-LEVELS = ("kernel", "read", "read_found", "fetch", "market_fetch")
-"""One launch; the transport's read; reading, verifying and liveness of blocks looked up before; that with hashing and
+LEVELS = ("kernel", "kernel_sum", "read", "read_found", "fetch", "market_fetch")
+"""One launch; that with digests; the transport's read; reading, verifying and liveness of blocks looked up before; that with hashing and
 look-up; the asyncio facade, into one packed tensor."""
 
 
@@ -184,11 +184,11 @@ def on_card(cupy: Any, stream: Any, idle: Any, work: Callable[[], object]) -> fl
     return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
 
-def kernel_launch(side: Side) -> Callable[[], None]:
+def kernel_launch(side: Side, *, digest: bool = False) -> Callable[[], None]:
     """Return a function that launches the copy kernel for all pages, with its tables on the card already."""
     cuda = load_cuda()
     source = side.connection._source(0)  # noqa: SLF001
-    return cuda.work.launcher(source, side.request.pages, side.local, side.request.local_pages)
+    return cuda.work.launcher(source, side.request.pages, side.local, side.request.local_pages, digest=digest)
 
 
 def d2d(cupy: Any, nbytes: int, stream: Any) -> Callable[[], None]:
@@ -217,6 +217,7 @@ async def measure(large: Side, small: Side, rounds: int) -> dict[str, Any]:
     cupy = load_cuda().cupy
     stream = cupy.cuda.Stream(non_blocking=True)
     copy, kernel = d2d(cupy, large.nbytes, stream), kernel_launch(large)
+    kernel_sum, small_kernel_sum = kernel_launch(large, digest=True), kernel_launch(small, digest=True)
     small_copy, small_kernel = d2d(cupy, small.nbytes, stream), kernel_launch(small)
     seconds: dict[str, list[float]] = {}
     idle = cupy.zeros(256 * MIB, cupy.uint8)
@@ -230,6 +231,7 @@ async def measure(large: Side, small: Side, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 3):
         note("d2d", on_card(cupy, stream, idle, copy), number)
         note("kernel", on_card(cupy, stream, idle, kernel), number)
+        note("kernel_sum", on_card(cupy, stream, idle, kernel_sum), number)
         note("read", timed(large.read), number)
         note("read_found", timed(large.read_found), number)
         note("fetch", timed(large.fetch), number)
@@ -240,6 +242,7 @@ async def measure(large: Side, small: Side, rounds: int) -> dict[str, Any]:
     for number in range(10 * rounds + 3):
         note("small_d2d", on_card(cupy, stream, idle, small_copy), number)
         note("small_kernel", on_card(cupy, stream, idle, small_kernel), number)
+        note("small_kernel_sum", on_card(cupy, stream, idle, small_kernel_sum), number)
         note("small_read", timed(small.read), number)
         note("small_read_found", timed(small.read_found), number)
         note("small_fetch", timed(small.fetch), number)

@@ -7,7 +7,6 @@ were torn, misplaced or damaged. What an owner used is in its region's descripto
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ from kvmarket.region.cuda import CudaPagedMemory
 if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
 
+DIGEST_BYTES = 16
 WORD_BYTES = 8
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
@@ -40,7 +40,8 @@ def page_digests(memory: PagedMemory, pages: np.ndarray, algorithm: str = "") ->
     if not can_digest(memory.kind, algorithm):
         raise InvalidInputError(f"{algorithm} of {memory.kind} memory is not supported")
     if isinstance(memory, CudaPagedMemory):
-        return memory.api.digests(memory, np.asarray(pages, np.int64))
+        found: list[bytes] = memory.api.digests(memory, np.asarray(pages, np.int64)).tolist()
+        return found
     if algorithm == "sum128":
         return [sum128(np.concatenate(memory.views(page))) for page in np.asarray(pages, np.int64).tolist()]
     return _xxh3_128(memory, pages)
@@ -95,14 +96,18 @@ def sum128(data: bytes | np.ndarray) -> bytes:
     mixed = _mix(words ^ (index + np.uint64(1)) * np.uint64(GOLDEN))
     a = mixed.sum(dtype=np.uint64)
     b = (mixed * (index * np.uint64(WEIGHT) | np.uint64(1))).sum(dtype=np.uint64)
-    return sum128_final(np.array([[a, b]], np.uint64), len(raw))[0]
+    return sum128_final(np.array([[a, b]], np.uint64), len(raw)).tobytes()
 
 
-def sum128_final(sums: np.ndarray, nbytes: int) -> list[bytes]:
-    """Turn (n, 2) uint64 sums a, b of pages of `nbytes` into digests: c = m(a ^ nbytes), m(b + c), little-endian."""
-    first = _mix(sums[:, 0] ^ np.uint64(nbytes))
-    second = _mix(sums[:, 1] + first)
-    return [struct.pack("<QQ", int(x), int(y)) for x, y in zip(first, second, strict=True)]
+def sum128_final(sums: np.ndarray, nbytes: int) -> np.ndarray:
+    """Turn (n, 2) uint64 sums a, b of pages of `nbytes` into (n,) V16 digests: c = m(a ^ nbytes), m(b + c).
+
+    Both are little-endian.
+    """
+    words = np.empty((len(sums), 2), "<u8")
+    words[:, 0] = first = _mix(sums[:, 0] ^ np.uint64(nbytes))
+    words[:, 1] = _mix(sums[:, 1] + first)
+    return words.view(f"V{DIGEST_BYTES}").reshape(-1)
 
 
 def _mix(words: np.ndarray) -> np.ndarray:

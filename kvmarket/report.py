@@ -56,7 +56,6 @@ class TransferReport:
         seconds: wall time of the whole call.
         copy_seconds: the part of it spent moving bytes.
         refused: page index in the request -> reason, for every page that was not delivered.
-        digests: page index in the request -> digest, for delivered pages of which one was asked for.
     """
 
     transport: str
@@ -66,7 +65,6 @@ class TransferReport:
     seconds: float
     copy_seconds: float
     refused: dict[int, MissReason] = field(default_factory=dict)
-    digests: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,15 +65,13 @@ class Verification:
         if not len(chosen):
             return
         began = time.perf_counter()
-        self._compare(chosen, page_digests(self._local, self._local_pages[chosen], self._algorithm), began)
+        self._compare(chosen, b"".join(page_digests(self._local, self._local_pages[chosen], self._algorithm)), began)
 
-    def compare(self, found: dict[int, bytes]) -> None:
-        """Verify pages by digests that came with them: index -> digest."""
-        if found:
-            self._compare(np.fromiter(found, np.int64, len(found)), list(found.values()), time.perf_counter())
+    def compare(self, indices: np.ndarray, digests: np.ndarray) -> None:
+        """Verify pages that have just arrived by their digests, (n,) V16, which came with them."""
+        self._compare(indices, digests.tobytes(), time.perf_counter())
 
-    def _compare(self, chosen: np.ndarray, digests: list[bytes], began: float) -> None:
-        actual = b"".join(digests)
+    def _compare(self, chosen: np.ndarray, actual: bytes, began: float) -> None:
         wrong: list[int] = []
         if actual != self._digests[chosen].tobytes():
             differ = np.frombuffer(actual, f"V{DIGEST_BYTES}") != self._digests[chosen]

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from kvmarket.errors import InvalidInputError
 from kvmarket.region.pages import PagedMemory, PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-
 HANDLE_BYTES = 64
 UUID_BYTES = 16
+NO_DIGESTS = np.empty(0, "V16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,10 @@ class CudaTransfer(ABC):
     """A copy that was launched.
 
     Attributes:
-        digests: of the pages that were to be digested; there after `wait`.
+        digests: (n,) V16, of the pages that were to be digested; there after `wait`.
     """
 
-    digests: list[bytes]
+    digests: np.ndarray
 
     @abstractmethod
     def wait(self) -> None:
@@ -136,12 +137,12 @@ class CudaApi(ABC):
             source_pages: (n,) int64 page numbers there.
             target: where to; its card does the copying.
             target_pages: (n,) int64 page numbers there, without repeats.
-            digest: pages of `target` to digest when the copy has ended, on the same stream.
+            digest: (n,) bool: which of these pages to digest in the course of the copy; None: none.
         """
 
     @abstractmethod
-    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
-        """Return the `kvmarket.digest.sum128` of each page, computed where the pages are."""
+    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> np.ndarray:
+        """Return the `kvmarket.digest.sum128` of each page, (n,) V16, computed where the pages are."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class PageLayout:
 
     def check_pages(self, pages: np.ndarray) -> None:
         """Raise `InvalidInputError` unless this layout has every one of `pages`."""
-        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self.num_pages:
+        if len(pages) and int(pages.astype(np.uint64).max()) >= self.num_pages:  # negative ones become large
             raise InvalidInputError(f"page number outside [0, {self.num_pages})")
 
     def as_list(self) -> list[object]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvmarket.digest import sum128
 from kvmarket.errors import PeerGoneError, RegistrationError
-from kvmarket.region.cuda import HANDLE_BYTES, CudaAddress, CudaApi, CudaPagedMemory, CudaTransfer
+from kvmarket.region.cuda import HANDLE_BYTES, NO_DIGESTS, CudaAddress, CudaApi, CudaPagedMemory, CudaTransfer
 from kvmarket.region.memory import MemoryAddress, SharedMemory, map_peer_memory
 from kvmarket.region.pages import copy_pages
 
@@ -26,9 +26,9 @@ CARD = b"the card of host"
 class HostTransfer(CudaTransfer):
     """A copy that is done by `wait`."""
 
-    def __init__(self, copy: Callable[[], list[bytes]]) -> None:
-        self._copy: Callable[[], list[bytes]] | None = copy
-        self.digests = []
+    def __init__(self, copy: Callable[[], np.ndarray]) -> None:
+        self._copy: Callable[[], np.ndarray] | None = copy
+        self.digests = NO_DIGESTS
 
     def wait(self) -> None:
         if self._copy is not None:
@@ -98,15 +98,16 @@ class HostCuda(CudaApi):
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
 
-        def work() -> list[bytes]:
+        def work() -> np.ndarray:
             copy_pages(source, source_pages, target, target_pages)
-            return [] if digest is None else self.digests(target, digest)
+            return NO_DIGESTS if digest is None else self.digests(target, target_pages[digest])
 
         return HostTransfer(work)
 
-    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
+    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> np.ndarray:
         memory.layout.check_pages(pages)
-        return [sum128(np.concatenate(memory.views(page))) for page in pages.tolist()]
+        found = [sum128(np.concatenate(memory.views(page))) for page in pages.tolist()]
+        return np.frombuffer(b"".join(found), NO_DIGESTS.dtype)
 
     def close(self) -> None:
         """Give all allocations back."""

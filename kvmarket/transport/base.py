@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OnGroup = Callable[[np.ndarray], None]
 """Called from the reading thread with the indices (into the request) of pages that arrived and passed their checks."""
+OnDigests = Callable[[np.ndarray, np.ndarray], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,9 @@ class ReadRequest:
         generations: (n,) uint64 generations that were announced for them.
         local: where they go.
         local_pages: (n,) int64 page numbers there, without repeats.
-        digest: (n,) bool: pages to digest after they arrived, for a connection that `digests`; None: no page.
+        digest: (n,) bool: pages to digest in the course of the read, for a connection that `digests`; None: no page.
+        on_digests: called from the reading thread with their indices (into the request), and (n,) V16 digests, once
+            they have arrived and passed their checks.
     """
 
     pages: np.ndarray
@@ -61,6 +64,7 @@ class ReadRequest:
     local: PagedMemory
     local_pages: np.ndarray
     digest: np.ndarray | None = None
+    on_digests: OnDigests | None = None
 
 
 class Connection(ABC):

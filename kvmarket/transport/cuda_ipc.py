@@ -226,9 +226,7 @@ class CudaIpcConnection(Connection):
             ended = refused[min(refused)] if refused else MissReason.DEADLINE
             refused |= dict.fromkeys(range(started, total), ended)
         nbytes, seconds = valid * local.layout.page_bytes, time.perf_counter() - began
-        return TransferReport(
-            self.scheme, self.path, valid, nbytes, seconds, reading.copy_seconds, refused, reading.digests
-        )
+        return TransferReport(self.scheme, self.path, valid, nbytes, seconds, reading.copy_seconds, refused)
 
     def _source(self, device: int) -> CudaPagedMemory:
         if self._pages is not None:
@@ -254,25 +252,27 @@ class _Reading:
         self._request, self._local, self._source, self._generations = request, local, source, generations
         self.in_flight: deque[tuple[np.ndarray, CudaTransfer | None]] = deque()
         self.refused: dict[int, MissReason] = {}
-        self.digests: dict[int, bytes] = {}
         self.copy_seconds = 0.0
         self._since = 0.0
+        self._fresh = readable(generations, request.pages, request.generations)
+        self._all_fresh = bool(self._fresh.all())
+        memory_fence()  # the bytes are read after the generations
 
     def begin(self, start: int, end: int) -> None:
-        """Check the generations of a group, and launch the copy of its readable pages."""
+        """Launch the copy of the readable pages of a group."""
         request, indices = self._request, np.arange(start, end)
-        fresh = readable(self._generations, request.pages[indices], request.generations[indices])
-        for index in indices[~fresh].tolist():
-            self.refused[index] = MissReason.STALE_GENERATION
-        indices = indices[fresh]
-        memory_fence()  # the bytes are read after the generations
+        chosen: slice | np.ndarray = slice(start, end)
+        if not self._all_fresh:
+            stale = indices[~self._fresh[start:end]]
+            self.refused.update(dict.fromkeys(stale.tolist(), MissReason.STALE_GENERATION))
+            indices = chosen = indices[self._fresh[start:end]]
         if not self.in_flight:
             self._since = time.perf_counter()
         transfer = None
         if len(indices):
-            digest = None if request.digest is None else request.local_pages[indices[request.digest[indices]]]
+            digest = None if request.digest is None else request.digest[chosen]
             transfer = self._local.api.copy(
-                self._source, request.pages[indices], self._local, request.local_pages[indices], digest
+                self._source, request.pages[chosen], self._local, request.local_pages[chosen], digest
             )
         self.in_flight.append((indices, transfer))
 
@@ -285,15 +285,18 @@ class _Reading:
         now = time.perf_counter()
         self.copy_seconds, self._since = self.copy_seconds + now - self._since, now
         memory_fence()  # and the generations again after the bytes
-        whole = self._generations[self._request.pages[indices]] == self._request.generations[indices]
-        for index in indices[~whole].tolist():
-            self.refused[index] = MissReason.TORN
-        arrived: np.ndarray = indices[whole]
-        if transfer is not None and transfer.digests:
-            digested = indices[self._request.digest[indices]].tolist() if self._request.digest is not None else []
-            found = dict(zip(digested, transfer.digests, strict=True))
-            self.digests |= {index: digest for index, digest in found.items() if index not in self.refused}
-        return arrived
+        request = self._request
+        whole = self._generations[request.pages[indices]] == request.generations[indices]
+        all_whole = bool(whole.all())
+        if not all_whole:
+            self.refused.update(dict.fromkeys(indices[~whole].tolist(), MissReason.TORN))
+        if transfer is not None and len(transfer.digests) and request.digest is not None and request.on_digests:
+            digested = request.digest[indices]
+            found, digests = indices[digested], transfer.digests
+            if not all_whole:
+                found, digests = found[whole[digested]], digests[whole[digested]]
+            request.on_digests(found, digests)
+        return indices if all_whole else indices[whole]
 
     def drain(self) -> None:
         """Wait for what was launched, without looking at it."""

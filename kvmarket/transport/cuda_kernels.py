@@ -2,7 +2,8 @@
 
 Copies move any number of pages between any two layouts in one launch. `copy_wide` is for pages made of whole slices of
 `WIDE_BYTES`, 16-byte aligned on both sides, as engines have them: a block of threads takes one slice of one page.
-`copy_any` is for everything else: a warp takes one slice. `sum_pages` adds up digests (`kvmarket.digest.sum128`).
+`copy_any` is for everything else: a warp takes one slice. `copy_wide_sum` is `copy_wide` that adds up the digests
+(`kvmarket.digest.sum128`) of what it has just loaded, without a second pass. `sum_pages` digests pages in place.
 Neighbouring blocks take the same slice of different pages, which reads faster than slice after slice of one page.
 """
 
@@ -31,16 +32,39 @@ SLICE_BYTES = 4096
 """What a warp takes at most."""
 
 _ADDRESSES = ("source", "target", "source_stride", "target_stride")
-SLICE = np.dtype([*((name, "u8") for name in _ADDRESSES), ("nbytes", "u4"), ("width", "u4")])
-"""A row of the copy table: addresses of the slice in page 0, bytes from page to page, widest access in bytes."""
+SLICE = np.dtype(
+    [*((name, "u8") for name in _ADDRESSES), ("nbytes", "u4"), ("width", "u4"), ("word", "u4"), ("unused", "u4")]
+)
+"""A row of the copy table: addresses of the slice in page 0, bytes from page to page, widest access in bytes, and the
+number in its page of the first 8-byte word."""
 SPAN = np.dtype([("base", "u8"), ("stride", "u8"), ("word", "u4"), ("words", "u4")])
 """A row of the digest table: where the words of a span are in page 0, and the number of the first one in its page."""
 
 SOURCE = f"""
 struct Slice {{
     unsigned long long source, target, source_stride, target_stride;
-    unsigned int nbytes, width;
+    unsigned int nbytes, width, word, unused;
 }};
+
+// See kvmarket.digest.sum128: adds one word of a page to its sums.
+__device__ __forceinline__ void add_word(
+        unsigned long long word, unsigned long long index, unsigned long long& a, unsigned long long& b) {{
+    unsigned long long mixed = word ^ (index + 1ull) * {GOLDEN}ull;
+    mixed = (mixed ^ mixed >> 33) * {MIX_1}ull;
+    mixed = (mixed ^ mixed >> 33) * {MIX_2}ull;
+    mixed ^= mixed >> 33;
+    a += mixed;
+    b += mixed * (index * {WEIGHT}ull | 1ull);
+}}
+
+// Lane 0 gets the sums of its warp.
+__device__ __forceinline__ void add_up_warp(unsigned long long& a, unsigned long long& b) {{
+    #pragma unroll
+    for (int step = {WARP} / 2; step; step >>= 1) {{
+        a += __shfl_down_sync(~0u, a, step);
+        b += __shfl_down_sync(~0u, b, step);
+    }}
+}}
 
 template <typename T>
 __device__ __forceinline__ void copy_all(const char* from, char* to, unsigned int nbytes, unsigned int lane) {{
@@ -51,12 +75,13 @@ __device__ __forceinline__ void copy_all(const char* from, char* to, unsigned in
 }}
 
 // Loads go past the first-level cache (ldcg): the owner may be writing, and only the second level is shared with it.
-extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide(
+template <bool with_sums>
+__device__ __forceinline__ void copy_slice(
         const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
-        unsigned int num_groups) {{
-    const unsigned int row = blockIdx.x / num_pages;
+        unsigned long long* __restrict__ sums) {{
+    const unsigned int row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
     const Slice slice = slices[row];
-    const ulonglong2 page = pages[blockIdx.x - row * num_pages];
+    const ulonglong2 page = pages[number];
     const uint4* source = reinterpret_cast<const uint4*>(slice.source + page.x * slice.source_stride) + threadIdx.x;
     uint4* target = reinterpret_cast<uint4*>(slice.target + page.y * slice.target_stride) + threadIdx.x;
     uint4 held[{WIDE_VECTORS}];
@@ -64,6 +89,39 @@ extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide(
     for (int i = 0; i < {WIDE_VECTORS}; ++i) held[i] = __ldcg(source + i * {BLOCK_THREADS});
     #pragma unroll
     for (int i = 0; i < {WIDE_VECTORS}; ++i) target[i * {BLOCK_THREADS}] = held[i];
+    if (!with_sums) return;
+    unsigned long long a = 0, b = 0;
+    #pragma unroll
+    for (int i = 0; i < {WIDE_VECTORS}; ++i) {{
+        const unsigned long long index = slice.word + 2u * (threadIdx.x + i * {BLOCK_THREADS}u);
+        add_word(held[i].x | static_cast<unsigned long long>(held[i].y) << 32, index, a, b);
+        add_word(held[i].z | static_cast<unsigned long long>(held[i].w) << 32, index + 1u, a, b);
+    }}
+    add_up_warp(a, b);
+    __shared__ unsigned long long of_warps[2][{BLOCK_THREADS} / {WARP}];
+    if (threadIdx.x % {WARP}u == 0) {{
+        of_warps[0][threadIdx.x / {WARP}u] = a;
+        of_warps[1][threadIdx.x / {WARP}u] = b;
+    }}
+    __syncthreads();
+    if (threadIdx.x < 2) {{
+        unsigned long long sum = 0;
+        #pragma unroll
+        for (int i = 0; i < {BLOCK_THREADS} / {WARP}; ++i) sum += of_warps[threadIdx.x][i];
+        atomicAdd(sums + 2 * number + threadIdx.x, sum);
+    }}
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups) {{
+    copy_slice<false>(slices, num_pages, pages, nullptr);
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide_sum(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups, unsigned long long* __restrict__ sums) {{
+    copy_slice<true>(slices, num_pages, pages, sums);
 }}
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_any(
@@ -98,19 +156,9 @@ extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
     unsigned long long a = 0, b = 0;
     #pragma unroll 8
     for (unsigned int i = lane; i < span.words; i += {WARP}u) {{
-        const unsigned long long index = span.word + i;
-        unsigned long long mixed = __ldcg(words + i) ^ (index + 1ull) * {GOLDEN}ull;
-        mixed = (mixed ^ mixed >> 33) * {MIX_1}ull;
-        mixed = (mixed ^ mixed >> 33) * {MIX_2}ull;
-        mixed ^= mixed >> 33;
-        a += mixed;
-        b += mixed * (index * {WEIGHT}ull | 1ull);
+        add_word(__ldcg(words + i), span.word + i, a, b);
     }}
-    #pragma unroll
-    for (int step = 16; step; step >>= 1) {{
-        a += __shfl_down_sync(~0u, a, step);
-        b += __shfl_down_sync(~0u, b, step);
-    }}
+    add_up_warp(a, b);
     if (lane == 0) {{
         atomicAdd(sums + 2 * number, a);
         atomicAdd(sums + 2 * number + 1, b);
@@ -151,14 +199,17 @@ def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.nd
     pieces = copy_plan(source, target)
     widths = [_width(a, b, aligned) for a, b in pieces]
     wide = all(w == VECTOR_BYTES and a.nbytes % WIDE_BYTES == 0 for (a, _), w in zip(pieces, widths, strict=True))
-    rows: list[tuple[int, int, int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int, int, int, int, int]] = []
     memories: list[tuple[int, int]] = []
+    position = 0
     for (a, b), width in zip(pieces, widths, strict=True):
         for at, nbytes in _cuts(a.nbytes, width, WIDE_BYTES if wide else SLICE_BYTES):
             # what is left of a piece after whole vectors is narrower than a vector
             narrowed = width if nbytes % width == 0 else 1
-            rows.append((a.offset + at, b.offset + at, a.stride, b.stride, nbytes, narrowed))
+            word = (position + at) // WORD_BYTES
+            rows.append((a.offset + at, b.offset + at, a.stride, b.stride, nbytes, narrowed, word, 0))
             memories.append((a.memory, b.memory))
+        position += a.nbytes
     source_memory, target_memory = np.array(memories).T
     return np.array(rows, SLICE), source_memory, target_memory
 

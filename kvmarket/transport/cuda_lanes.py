@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.errors import InvalidInputError, TransferError
-from kvmarket.region.cuda import CudaTransfer
+from kvmarket.region.cuda import NO_DIGESTS, CudaTransfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SPIN_S = 0.002
 """A wait polls this long without sleeping."""
 POLL_S = 0.0002
+PINNED_BYTES_MAX = 256
+"""Page lists of up to this size are read by the card over the bus: 16 pages."""
+SUM_BYTES = 16
 STUCK_S = 30.0
 """A copy that takes longer is taken for a card that hangs."""
 SCHEME = "cuda_ipc"
@@ -38,29 +41,64 @@ def current_device(runtime: Any, device: int) -> Iterator[None]:
 
 
 class Lane:
-    """A stream with what one launch needs: an event, and page lists in pinned and in device memory."""
+    """A stream with what one launch needs: an event, page lists in pinned and in device memory, sums of digests.
+
+    Attributes:
+        sums: (pages, 2) uint64 on the card, all zero between launches.
+    """
 
     def __init__(self, cupy: Any) -> None:
-        self._cupy = cupy
+        self._cupy, self._runtime = cupy, cupy.cuda.runtime
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.event = cupy.cuda.Event(block=False, disable_timing=True)
         self.host: np.ndarray = np.empty(0, np.uint8)
-        self.device: Any = None
+        self._device: Any = None
+        self._host_sums: np.ndarray = np.empty(0, np.uint64)
+        self.sums: Any = None
 
-    def load(self, *parts: np.ndarray) -> int:
-        """Upload arrays, one behind the other, without waiting; return the address of the first."""
-        nbytes = sum(part.nbytes for part in parts)
+    def load(self, data: np.ndarray) -> int:
+        """Put an array where kernels of this lane find it, without waiting; return its address there.
+
+        A short one stays in pinned memory of the host, which the card reads itself: that is sooner done than a copy.
+        """
+        nbytes = data.nbytes
         if nbytes > len(self.host):
             size = max(16 << 10, 1 << (nbytes - 1).bit_length())
-            self.host = np.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
-            self.device = self._cupy.cuda.Memory(size)
-        at = 0
-        for part in parts:
-            self.host[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
-            at += part.nbytes
-        runtime = self._cupy.cuda.runtime
-        runtime.memcpyAsync(self.device.ptr, self.host.ctypes.data, nbytes, runtime.memcpyHostToDevice, self.stream.ptr)
-        return int(self.device.ptr)
+            self.host = self._pinned(size)
+            self._device = self._cupy.cuda.Memory(size)
+        self.host[:nbytes] = data.reshape(-1).view(np.uint8)
+        here = int(self.host.ctypes.data)
+        if nbytes <= PINNED_BYTES_MAX:
+            return here
+        there = int(self._device.ptr)
+        self._runtime.memcpyAsync(there, here, nbytes, self._runtime.memcpyHostToDevice, self.stream.ptr)
+        return there
+
+    def zeros(self, pages: int) -> int:
+        """Return the address of (pages, 2) sums that are zero when the stream has come this far."""
+        if self.sums is None or pages * SUM_BYTES > self.sums.size:
+            size = max(SUM_BYTES << 6, 1 << (pages * SUM_BYTES - 1).bit_length())
+            self._host_sums = self._pinned(size).view(np.uint64)
+            self.sums = self._cupy.cuda.Memory(size)
+            self._runtime.memsetAsync(self.sums.ptr, 0, size, self.stream.ptr)
+        return int(self.sums.ptr)
+
+    def take_sums(self, pages: int) -> np.ndarray:
+        """Launch the way back of (pages, 2) sums, record the event behind it, and make them zero again behind that.
+
+        Returns:
+            Where they are once the event has passed, until the next launch.
+        """
+        here, nbytes = self._host_sums[: 2 * pages], pages * SUM_BYTES
+        self._runtime.memcpyAsync(
+            here.ctypes.data, self.sums.ptr, nbytes, self._runtime.memcpyDeviceToHost, self.stream.ptr
+        )
+        self.event.record(self.stream)
+        self._runtime.memsetAsync(self.sums.ptr, 0, nbytes, self.stream.ptr)  # while the copy before it runs
+        return here.reshape(-1, 2)
+
+    def _pinned(self, nbytes: int) -> np.ndarray:
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def wait(self) -> None:
         """Return when everything on the stream up to the event is done; errors as `CudaTransfer.wait`."""
@@ -86,17 +124,17 @@ class LaneTransfer(CudaTransfer):
         lane: Lane,
         idle: list[Lane],
         memories: tuple[CudaPagedMemory, ...],
-        finish: Callable[[Lane], list[bytes]] | None,
+        finish: Callable[[], np.ndarray] | None,
     ) -> None:
         self._lane: Lane | None = lane
         self._idle, self._memories, self._finish = idle, memories, finish
-        self.digests = []
+        self.digests = NO_DIGESTS
 
     def wait(self) -> None:
         if self._lane is not None:
             self._lane.wait()
             if self._finish is not None:
-                self.digests = self._finish(self._lane)
+                self.digests = self._finish()
             self._idle.append(self._lane)
             self._lane, self._memories, self._finish = None, (), None
 

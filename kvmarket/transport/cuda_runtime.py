@@ -151,7 +151,7 @@ class CupyCuda(CudaApi):
     ) -> CudaTransfer:
         return self.work.copy(source, source_pages, target, target_pages, digest)
 
-    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
+    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> np.ndarray:
         return self.work.digests(memory, pages)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvmarket.digest import WORD_BYTES, sum128_final
 from kvmarket.errors import TransferError
-from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.cuda import NO_DIGESTS, CudaPagedMemory
 from kvmarket.region.pages import PageLayout, Segment
 from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SOURCE, WARP, copy_table, digest_table
 from kvmarket.transport.cuda_lanes import SCHEME, Lane, LaneTransfer, current_device, event_handle
@@ -29,12 +29,17 @@ PACK_BYTES_MAX = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table on a card, and the kernel that goes by it with `threads` threads for each row and page."""
+    """A table on a card, and the kernels that go by it with `threads` threads for each row and page.
+
+    Attributes:
+        summing: the kernel that digests the pages it copies; empty if there is none.
+    """
 
     memory: Any
     address: int
     rows: int
     kernel: str
+    summing: str
     threads: int
 
 
@@ -65,66 +70,69 @@ class CardWork:
         """See `CudaApi.copy`."""
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
-        device, digest = target.device, digest if digest is not None and len(digest) else None
-        finish: Callable[[Lane], list[bytes]] | None = None
+        chosen = target_pages[:0] if digest is None else target_pages[digest]
+        device = target.device
         with current_device(self._runtime, device):
             lane = self._lane(device)
             try:
                 table = self._copy_table(source, target, lane)
-                words = None if digest is None else self._digest_table(target, lane)
-                pairs, numbers = _pairs(source_pages, target_pages), np.empty(0, np.uint64)
-                if words is not None and digest is not None:
-                    numbers = digest.astype(np.uint64)
-                sums = np.zeros((len(numbers), 2), np.uint64)
-                at = lane.load(sums, pairs, numbers)  # in this order the pairs are aligned to 16 bytes
-                pages = at + sums.nbytes
-                if target.after is not None:
-                    self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
-                with lane.stream:
-                    self._launch(table, pages, len(source_pages))
-                    if words is not None:
-                        finish = self._launch_sums(
-                            words, lane, pages + pairs.nbytes, len(numbers), target.layout.page_bytes
-                        )
-                lane.event.record(lane.stream)
+                finish = self._launch_copy(lane, table, _pairs(source_pages, target_pages), target, chosen)
             except self._runtime.CUDARuntimeError as error:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=SCHEME) from error
-        if digest is not None and finish is None:  # its pages are not made of aligned words
-            return LaneTransfer(lane, self._idle[device], (source, target), lambda _: self.digests(target, digest))
         return LaneTransfer(lane, self._idle[device], (source, target), finish)
 
-    def _launch_sums(
-        self, table: _Table, lane: Lane, numbers: int, count: int, page_bytes: int
-    ) -> Callable[[Lane], list[bytes]]:
-        """Launch the digests of `count` pages whose numbers are at `numbers`; their sums, all zero, begin the lane.
+    def _launch_copy(
+        self, lane: Lane, table: _Table, pairs: np.ndarray, target: CudaPagedMemory, chosen: np.ndarray
+    ) -> Callable[[], np.ndarray] | None:
+        """Launch a copy and what digests the `chosen` pages of its target, and record the lane's event.
 
         Returns:
-            What makes digests of the sums, once they are in the lane's host memory.
+            What makes the digests once the event has passed; None without `chosen`.
         """
-        nbytes, at = 16 * count, int(lane.device.ptr)
-        self._launch(table, numbers, count, np.uint64(at))
-        kind = self._runtime.memcpyDeviceToHost
-        self._runtime.memcpyAsync(lane.host.ctypes.data, at, nbytes, kind, lane.stream.ptr)
-        return lambda lane: sum128_final(lane.host[:nbytes].view(np.uint64).reshape(-1, 2), page_bytes)
+        count, page_bytes = len(chosen), target.layout.page_bytes
+        fused = bool(table.summing) and count == len(pairs)
+        words = None if fused or not count else self._digest_table(target, lane)
+        pages = lane.load(pairs if words is None else np.append(pairs, chosen.astype(np.uint64)))
+        if target.after is not None:
+            self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
+        with lane.stream:
+            if fused:
+                self._launch(table, table.summing, pages, len(pairs), np.uint64(lane.zeros(count)))
+            else:
+                self._launch(table, table.kernel, pages, len(pairs))
+            if words is not None:
+                self._launch(words, words.kernel, pages + pairs.nbytes, count, np.uint64(lane.zeros(count)))
+        if fused or words is not None:
+            sums = lane.take_sums(count)
+            return lambda: sum128_final(sums, page_bytes)
+        lane.event.record(lane.stream)
+        return (lambda: self.digests(target, chosen)) if count else None  # its pages are not made of aligned words
 
     def launcher(
-        self, source: CudaPagedMemory, source_pages: np.ndarray, target: CudaPagedMemory, target_pages: np.ndarray
+        self,
+        source: CudaPagedMemory,
+        source_pages: np.ndarray,
+        target: CudaPagedMemory,
+        target_pages: np.ndarray,
+        *,
+        digest: bool = False,
     ) -> Callable[[], None]:
         """Return what launches the kernel of `copy`, and nothing else, on cupy's current stream: to time it."""
         lane = Lane(self._cupy)
         table = self._copy_table(source, target, lane)
-        lane.load(_pairs(source_pages, target_pages))
+        pages = lane.load(_pairs(source_pages, target_pages))
+        more = (np.uint64(lane.zeros(len(source_pages))),) if digest else ()
         lane.stream.synchronize()
-        return lambda: self._launch(table, lane.device.ptr, len(source_pages))
+        return lambda: self._launch(table, table.summing if digest else table.kernel, pages, len(source_pages), *more)
 
-    def _launch(self, table: _Table, pages: int, count: int, *more: np.generic) -> None:
-        """Launch the kernel of a table on the current stream, for `count` pages whose numbers are at `pages`."""
+    def _launch(self, table: _Table, kernel: str, pages: int, count: int, *more: np.generic) -> None:
+        """Launch a kernel of a table on the current stream, for `count` pages whose numbers are at `pages`."""
         groups = table.rows * count
         grid = -(-groups * table.threads // BLOCK_THREADS)
         args = (np.uint64(table.address), np.uint32(count), np.uint64(pages), np.uint32(groups), *more)
-        if table.kernel not in self._kernels:  # compiled here, where the card that needs it is current
-            self._kernels[table.kernel] = self._module.get_function(table.kernel)
-        self._kernels[table.kernel]((grid,), (BLOCK_THREADS,), args)
+        if kernel not in self._kernels:  # compiled here, where the card that needs it is current
+            self._kernels[kernel] = self._module.get_function(kernel)
+        self._kernels[kernel]((grid,), (BLOCK_THREADS,), args)
 
     def _lane(self, device: int) -> Lane:
         try:
@@ -135,9 +143,9 @@ class CardWork:
     def _copy_table(self, source: CudaPagedMemory, target: CudaPagedMemory, lane: Lane) -> _Table:
         """Return the copy table of two memories, on the card of `target`."""
 
-        def make() -> tuple[np.ndarray, str, int]:
+        def make() -> tuple[np.ndarray, str, str, int]:
             rows, wide = copy_table(source.layout, source.pointers, target.layout, target.pointers)
-            return rows, "copy_wide" if wide else "copy_any", BLOCK_THREADS if wide else WARP
+            return (rows, "copy_wide", "copy_wide_sum", BLOCK_THREADS) if wide else (rows, "copy_any", "", WARP)
 
         key = (target.device, source.pointers, target.pointers)
         table = self._table(key, source.layout, target.layout, lane, make)
@@ -147,9 +155,9 @@ class CardWork:
     def _digest_table(self, memory: CudaPagedMemory, lane: Lane) -> _Table | None:
         """Return the digest table of a memory, on its card, or None: see `digest_table`."""
 
-        def make() -> tuple[np.ndarray, str, int] | None:
+        def make() -> tuple[np.ndarray, str, str, int] | None:
             rows = digest_table(memory.layout, memory.pointers)
-            return None if rows is None else (rows, "sum_pages", WARP)
+            return None if rows is None else (rows, "sum_pages", "", WARP)
 
         return self._table((memory.device, memory.pointers), memory.layout, None, lane, make)
 
@@ -159,7 +167,7 @@ class CardWork:
         first: PageLayout,
         second: PageLayout | None,
         lane: Lane,
-        make: Callable[[], tuple[np.ndarray, str, int] | None],
+        make: Callable[[], tuple[np.ndarray, str, str, int] | None],
     ) -> _Table | None:
         with self._lock:
             found = self._tables.get(key)
@@ -169,48 +177,48 @@ class CardWork:
         made = make()
         if made is None:
             return None
-        rows, kernel, threads = made
+        rows, kernel, summing, threads = made
         memory = self._cupy.cuda.Memory(rows.nbytes)
-        staged, kind = lane.load(rows), self._runtime.memcpyDeviceToDevice
+        staged, kind = lane.load(rows), self._runtime.memcpyDefault
         self._runtime.memcpyAsync(memory.ptr, staged, rows.nbytes, kind, lane.stream.ptr)
         lane.stream.synchronize()  # it is used from other lanes, too
-        table = _Table(memory, memory.ptr, len(rows), kernel, threads)
+        table = _Table(memory, memory.ptr, len(rows), kernel, summing, threads)
         with self._lock:
             self._tables[key] = (first, second, table)
             while len(self._tables) > TABLES_MAX:
                 self._tables.popitem(last=False)
         return table
 
-    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
+    def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> np.ndarray:
         """See `CudaApi.digests`."""
         memory.layout.check_pages(pages)
         if not len(pages):
-            return []
+            return NO_DIGESTS
         with current_device(self._runtime, memory.device):
-            return self._sums(memory, pages, memory.layout.page_bytes) or self._packed_digests(memory, pages)
+            found = self._sums(memory, pages, memory.layout.page_bytes)
+            return self._packed_digests(memory, pages) if found is None else found
 
-    def _sums(self, memory: CudaPagedMemory, pages: np.ndarray, page_bytes: int) -> list[bytes]:
-        """Digest pages in place, or return nothing when they are not made of aligned words."""
+    def _sums(self, memory: CudaPagedMemory, pages: np.ndarray, page_bytes: int) -> np.ndarray | None:
+        """Digest pages in place, or return None when they are not made of aligned words."""
         device = memory.device
         lane = self._lane(device)
         try:
             table = self._digest_table(memory, lane)
             if table is None:
                 self._idle[device].append(lane)
-                return []
-            sums = np.zeros((len(pages), 2), np.uint64)
-            at = lane.load(sums, pages.astype(np.uint64))
+                return None
+            numbers = lane.load(pages.astype(np.uint64))
             with lane.stream:
-                finish = self._launch_sums(table, lane, at + sums.nbytes, len(pages), page_bytes)
-            lane.event.record(lane.stream)
+                self._launch(table, table.kernel, numbers, len(pages), np.uint64(lane.zeros(len(pages))))
+            sums = lane.take_sums(len(pages))
             lane.wait()
         except self._runtime.CUDARuntimeError as error:
             raise TransferError(f"digests cannot be computed: {error}", scheme=SCHEME) from error
-        digests = finish(lane)
+        digests = sum128_final(sums, page_bytes)
         self._idle[device].append(lane)
         return digests
 
-    def _packed_digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> list[bytes]:
+    def _packed_digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> np.ndarray:
         page_bytes, device = memory.layout.page_bytes, memory.device
         padded = -(-page_bytes // WORD_BYTES) * WORD_BYTES
         count = max(1, min(len(pages), PACK_BYTES_MAX // padded))
@@ -220,13 +228,15 @@ class CardWork:
             self._runtime.deviceSynchronize()
             scratch = CudaPagedMemory(PageLayout(count, (Segment(0, 0, padded, page_bytes),)), (place,), memory.api)
             words = CudaPagedMemory(PageLayout.packed(count, padded), (place,), memory.api)
-            found: list[bytes] = []
+            found = [NO_DIGESTS]
             for start in range(0, len(pages), count):
                 chosen = pages[start : start + count]
                 slots = np.arange(len(chosen))
                 self.copy(memory, chosen, scratch, slots).wait()
-                found += self._sums(words, slots, page_bytes)
-        return found
+                sums = self._sums(words, slots, page_bytes)
+                assert sums is not None  # noqa: S101 - packed words are aligned
+                found.append(sums)
+        return np.concatenate(found)
 
 
 def _pairs(source_pages: np.ndarray, target_pages: np.ndarray) -> np.ndarray:

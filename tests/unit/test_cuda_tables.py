@@ -80,8 +80,18 @@ def test_only_whole_aligned_slices_are_for_the_wide_kernel(nbytes, stride, by, w
         assert WIDE_BYTES % (16 * BLOCK_THREADS) == 0
 
 
+def test_slices_know_their_place_in_the_page():
+    halves = [(0, 0, 8192), (1, 8192, 8192), (0, 65_536, 16_384)]
+    source = PageLayout(PAGES, tuple(Segment(m, at, 1 << 17, n) for m, at, n in halves))
+    target = PageLayout.packed(PAGES, 32_768)
+    table, wide = copy_table(source, aligned_bases(2), target, aligned_bases(1))
+    assert wide
+    assert table["word"].tolist() == ((table["target"] - (1 << 30)) // 8).tolist() == [0, 1024, 2048, 3072]
+
+
 def test_rows_have_the_layout_of_the_structs_of_the_kernels():
-    assert (SLICE.itemsize, SLICE.fields["nbytes"][1], SLICE.fields["width"][1]) == (40, 32, 36)
+    assert (SLICE.itemsize, SLICE.fields["nbytes"][1], SLICE.fields["width"][1]) == (48, 32, 36)
+    assert SLICE.fields["word"][1] == 40
     assert (SPAN.itemsize, SPAN.fields["word"][1], SPAN.fields["words"][1]) == (24, 16, 20)
 
 
@@ -131,7 +141,7 @@ def test_working_off_a_digest_table_gives_sum128_whatever_the_layout(seed):
             index = np.arange(int(row["word"]), int(row["word"]) + len(t), dtype=np.uint64)
             a = (np.array([a]) + t.sum(dtype=np.uint64))[0]
             b = (np.array([b]) + (t * (index * np.uint64(0xD6E8FEB86659FD93) | np.uint64(1))).sum(dtype=np.uint64))[0]
-        assert sum128_final(np.array([[a, b]], np.uint64), nbytes) == [sum128(page_bytes_of(memory, page))]
+        assert sum128_final(np.array([[a, b]], np.uint64), nbytes).tolist() == [sum128(page_bytes_of(memory, page))]
 
 
 @pytest.mark.parametrize(("offset", "stride", "nbytes"), [(4, 64, 64), (0, 60, 48), (0, 64, 60)])
