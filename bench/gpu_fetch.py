@@ -44,8 +44,8 @@ SMALL = KVCacheSpec(32, 8, 128, "bfloat16", 8, layout="LKNHC")
 MIB, GIB = 1 << 20, 1 << 30
 SLICE_COPIES = 2048
 LEVELS = ("kernel", "kernel_sum", "read", "read_found", "fetch", "market_fetch")
-"""One launch; that with digests; the transport's read; reading, verifying and liveness of blocks looked up before; that with hashing and
-look-up; the asyncio facade, into one packed tensor."""
+"""One launch; one with digests; the transport's read; reading, verifying and liveness of blocks looked up before; that
+with hashing and look-up; the asyncio facade, into one packed tensor."""
 
 
 def engine_pages(spec: KVCacheSpec, num_pages: int, seed: int) -> tuple[CudaPagedMemory, list[Any]]:
