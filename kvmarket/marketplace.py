@@ -21,6 +21,7 @@ from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClos
 from kvmarket.fetch import Outcome
 from kvmarket.hashing import TokenIds, hash_blocks, token_array
 from kvmarket.identity import ModelIdentity, Namespace
+from kvmarket.prefix_keys import PrefixKeys
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry, block_keys
@@ -81,6 +82,7 @@ class Marketplace:
         namespace = Namespace(identity, spec, config.hash, tenant=config.tenant, salt=config.salt.encode())
         self._core = MarketCore(namespace, config, registry)
         self._config, self._spec, self._root = config, spec, namespace.digest
+        self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash)
         self._readers = ThreadPoolExecutor(config.fetch_concurrency, "kvmarket-read")
         self._writer = ThreadPoolExecutor(1, "kvmarket-publish")
         self._slots = asyncio.Semaphore(config.fetch_concurrency)
@@ -194,7 +196,7 @@ class Marketplace:
 
     async def withdraw(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
         """Take this process's blocks of a prefix back; returns how many. Peers stop adopting them at once."""
-        keys = block_keys(self._hash(tokens, extra_keys))
+        keys = self._keys(tokens, extra_keys)
         deadline = Deadline(self._config.publish_deadline_s)
         return await self._run(self._writer, lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
 
@@ -214,7 +216,7 @@ class Marketplace:
     async def match(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> MatchReport:
         """Say how much of a prefix is published, and why not more, without moving a byte."""
         began = time.perf_counter()
-        keys = block_keys(self._hash(tokens, extra_keys))
+        keys = self._keys(tokens, extra_keys)
         found, reason, detail = await self._lookup(keys, Deadline(self._config.fetch_deadline_s))
         owners = tuple(found.owners)
         missing = found.blocks if found.blocks < len(keys) else None
@@ -251,7 +253,7 @@ class Marketplace:
         """
         began = time.perf_counter()
         tokens = token_array(tokens)
-        keys = block_keys(self._hash(tokens, extra_keys))
+        keys = self._keys(tokens, extra_keys)
         local = None if out is None else self._local(out)
         if local is not None and local.layout.num_pages < len(keys):
             raise InvalidInputError(f"out has {local.layout.num_pages} blocks for {len(keys)} full blocks of tokens")
@@ -339,6 +341,10 @@ class Marketplace:
         return hash_blocks(
             tokens, self._spec.block_size, root=self._root, algorithm=self._config.hash, extra_keys=extra_keys
         )
+
+    def _keys(self, tokens: TokenIds, extra_keys: Sequence[bytes] | None) -> list[bytes]:
+        self._require_open()
+        return self._prefix_keys.of(token_array(tokens), extra_keys)
 
     def _require_open(self) -> None:
         if self._closing is not None:

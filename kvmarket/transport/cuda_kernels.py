@@ -3,7 +3,9 @@
 Copies move any number of pages between any two layouts in one launch. `copy_wide` is for pages made of whole slices of
 `WIDE_BYTES`, 16-byte aligned on both sides, as engines have them: a block of threads takes one slice of one page.
 `copy_any` is for everything else: a warp takes one slice. `copy_wide_sum` is `copy_wide` that adds up the digests
-(`kvmarket.digest.sum128`) of what it has just loaded, without a second pass. `sum_pages` digests pages in place.
+(`kvmarket.digest.sum128`) of what it has just loaded, without a second pass. `sum_pages` digests pages in
+place, and `finish_sums` brings digests home.
+
 Neighbouring blocks take the same slice of different pages, which reads faster than slice after slice of one page.
 """
 
@@ -46,13 +48,16 @@ struct Slice {{
     unsigned int nbytes, width, word, unused;
 }};
 
+__device__ __forceinline__ unsigned long long mix(unsigned long long x) {{
+    x = (x ^ x >> 33) * {MIX_1}ull;
+    x = (x ^ x >> 33) * {MIX_2}ull;
+    return x ^ x >> 33;
+}}
+
 // See kvmarket.digest.sum128: adds one word of a page to its sums.
 __device__ __forceinline__ void add_word(
         unsigned long long word, unsigned long long index, unsigned long long& a, unsigned long long& b) {{
-    unsigned long long mixed = word ^ (index + 1ull) * {GOLDEN}ull;
-    mixed = (mixed ^ mixed >> 33) * {MIX_1}ull;
-    mixed = (mixed ^ mixed >> 33) * {MIX_2}ull;
-    mixed ^= mixed >> 33;
+    const unsigned long long mixed = mix(word ^ (index + 1ull) * {GOLDEN}ull);
     a += mixed;
     b += mixed * (index * {WEIGHT}ull | 1ull);
 }}
@@ -163,6 +168,18 @@ extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
         atomicAdd(sums + 2 * number, a);
         atomicAdd(sums + 2 * number + 1, b);
     }}
+}}
+
+// Makes digests of sums, in memory of the host, and the sums zero for the next launch.
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) finish_sums(
+        ulonglong2* __restrict__ sums, unsigned int num_pages, unsigned long long page_bytes,
+        ulonglong2* __restrict__ digests) {{
+    const unsigned int page = blockIdx.x * {BLOCK_THREADS}u + threadIdx.x;
+    if (page >= num_pages) return;
+    const ulonglong2 sum = sums[page];
+    const unsigned long long first = mix(sum.x ^ page_bytes);
+    digests[page] = make_ulonglong2(first, mix(sum.y + first));
+    sums[page] = make_ulonglong2(0, 0);
 }}
 """
 

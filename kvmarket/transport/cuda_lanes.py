@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmarket.digest import DIGEST_BYTES
 from kvmarket.errors import InvalidInputError, TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaTransfer
 
@@ -22,7 +23,6 @@ SPIN_S = 0.002
 POLL_S = 0.0002
 PINNED_BYTES_MAX = 256
 """Page lists of up to this size are read by the card over the bus: 16 pages."""
-SUM_BYTES = 16
 STUCK_S = 30.0
 """A copy that takes longer is taken for a card that hangs."""
 SCHEME = "cuda_ipc"
@@ -41,10 +41,10 @@ def current_device(runtime: Any, device: int) -> Iterator[None]:
 
 
 class Lane:
-    """A stream with what one launch needs: an event, page lists in pinned and in device memory, sums of digests.
+    """A stream with what one launch needs: an event, page lists in pinned and in device memory, digests.
 
     Attributes:
-        sums: (pages, 2) uint64 on the card, all zero between launches.
+        digests: (pages,) V16 in pinned memory: those of the last launch once the event has passed.
     """
 
     def __init__(self, cupy: Any) -> None:
@@ -53,8 +53,8 @@ class Lane:
         self.event = cupy.cuda.Event(block=False, disable_timing=True)
         self.host: np.ndarray = np.empty(0, np.uint8)
         self._device: Any = None
-        self._host_sums: np.ndarray = np.empty(0, np.uint64)
-        self.sums: Any = None
+        self._sums: Any = None
+        self.digests: np.ndarray = NO_DIGESTS
 
     def load(self, data: np.ndarray) -> int:
         """Put an array where kernels of this lane find it, without waiting; return its address there.
@@ -74,28 +74,17 @@ class Lane:
         self._runtime.memcpyAsync(there, here, nbytes, self._runtime.memcpyHostToDevice, self.stream.ptr)
         return there
 
-    def zeros(self, pages: int) -> int:
-        """Return the address of (pages, 2) sums that are zero when the stream has come this far."""
-        if self.sums is None or pages * SUM_BYTES > self.sums.size:
-            size = max(SUM_BYTES << 6, 1 << (pages * SUM_BYTES - 1).bit_length())
-            self._host_sums = self._pinned(size).view(np.uint64)
-            self.sums = self._cupy.cuda.Memory(size)
-            self._runtime.memsetAsync(self.sums.ptr, 0, size, self.stream.ptr)
-        return int(self.sums.ptr)
+    def summing(self, pages: int) -> tuple[int, int]:
+        """Return the addresses of (pages, 2) sums, zero when the stream has come this far, and of their digests.
 
-    def take_sums(self, pages: int) -> np.ndarray:
-        """Launch the way back of (pages, 2) sums, record the event behind it, and make them zero again behind that.
-
-        Returns:
-            Where they are once the event has passed, until the next launch.
+        Whoever adds to the sums has them made zero again on this stream.
         """
-        here, nbytes = self._host_sums[: 2 * pages], pages * SUM_BYTES
-        self._runtime.memcpyAsync(
-            here.ctypes.data, self.sums.ptr, nbytes, self._runtime.memcpyDeviceToHost, self.stream.ptr
-        )
-        self.event.record(self.stream)
-        self._runtime.memsetAsync(self.sums.ptr, 0, nbytes, self.stream.ptr)  # while the copy before it runs
-        return here.reshape(-1, 2)
+        if pages > len(self.digests):
+            count = max(64, 1 << (pages - 1).bit_length())
+            self.digests = self._pinned(count * DIGEST_BYTES).view(NO_DIGESTS.dtype)
+            self._sums = self._cupy.cuda.Memory(count * DIGEST_BYTES)
+            self._runtime.memsetAsync(self._sums.ptr, 0, count * DIGEST_BYTES, self.stream.ptr)
+        return int(self._sums.ptr), int(self.digests.ctypes.data)
 
     def _pinned(self, nbytes: int) -> np.ndarray:
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)

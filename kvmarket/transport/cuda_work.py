@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.digest import WORD_BYTES, sum128_final
+from kvmarket.digest import WORD_BYTES
 from kvmarket.errors import TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaPagedMemory
 from kvmarket.region.pages import PageLayout, Segment
@@ -97,15 +97,14 @@ class CardWork:
             self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
         with lane.stream:
             if fused:
-                self._launch(table, table.summing, pages, len(pairs), np.uint64(lane.zeros(count)))
+                self._launch_sums(table, table.summing, lane, pages, count, page_bytes=page_bytes)
             else:
                 self._launch(table, table.kernel, pages, len(pairs))
             if words is not None:
-                self._launch(words, words.kernel, pages + pairs.nbytes, count, np.uint64(lane.zeros(count)))
-        if fused or words is not None:
-            sums = lane.take_sums(count)
-            return lambda: sum128_final(sums, page_bytes)
+                self._launch_sums(words, words.kernel, lane, pages + pairs.nbytes, count, page_bytes=page_bytes)
         lane.event.record(lane.stream)
+        if fused or words is not None:
+            return lane.digests[:count].copy
         return (lambda: self.digests(target, chosen)) if count else None  # its pages are not made of aligned words
 
     def launcher(
@@ -121,18 +120,32 @@ class CardWork:
         lane = Lane(self._cupy)
         table = self._copy_table(source, target, lane)
         pages = lane.load(_pairs(source_pages, target_pages))
-        more = (np.uint64(lane.zeros(len(source_pages))),) if digest else ()
+        kernel, more = (table.summing, lane.summing(len(source_pages))[:1]) if digest else (table.kernel, ())
         lane.stream.synchronize()
-        return lambda: self._launch(table, table.summing if digest else table.kernel, pages, len(source_pages), *more)
+
+        def launch(_lane: Lane = lane) -> None:  # whose memory must last as long as this function
+            self._launch(table, kernel, pages, len(source_pages), *map(np.uint64, more))
+
+        return launch
 
     def _launch(self, table: _Table, kernel: str, pages: int, count: int, *more: np.generic) -> None:
         """Launch a kernel of a table on the current stream, for `count` pages whose numbers are at `pages`."""
         groups = table.rows * count
         grid = -(-groups * table.threads // BLOCK_THREADS)
         args = (np.uint64(table.address), np.uint32(count), np.uint64(pages), np.uint32(groups), *more)
-        if kernel not in self._kernels:  # compiled here, where the card that needs it is current
-            self._kernels[kernel] = self._module.get_function(kernel)
-        self._kernels[kernel]((grid,), (BLOCK_THREADS,), args)
+        self._kernel(kernel)((grid,), (BLOCK_THREADS,), args)
+
+    def _launch_sums(self, table: _Table, kernel: str, lane: Lane, pages: int, count: int, *, page_bytes: int) -> None:
+        """Launch a kernel that adds up digests of `count` pages of `page_bytes`, and what brings them to the lane."""
+        sums, digests = lane.summing(count)
+        self._launch(table, kernel, pages, count, np.uint64(sums))
+        args = (np.uint64(sums), np.uint32(count), np.uint64(page_bytes), np.uint64(digests))
+        self._kernel("finish_sums")((-(-count // BLOCK_THREADS),), (BLOCK_THREADS,), args)
+
+    def _kernel(self, name: str) -> Any:
+        if name not in self._kernels:  # compiled here, where the card that needs it is current
+            self._kernels[name] = self._module.get_function(name)
+        return self._kernels[name]
 
     def _lane(self, device: int) -> Lane:
         try:
@@ -209,12 +222,12 @@ class CardWork:
                 return None
             numbers = lane.load(pages.astype(np.uint64))
             with lane.stream:
-                self._launch(table, table.kernel, numbers, len(pages), np.uint64(lane.zeros(len(pages))))
-            sums = lane.take_sums(len(pages))
+                self._launch_sums(table, table.kernel, lane, numbers, len(pages), page_bytes=page_bytes)
+            lane.event.record(lane.stream)
             lane.wait()
         except self._runtime.CUDARuntimeError as error:
             raise TransferError(f"digests cannot be computed: {error}", scheme=SCHEME) from error
-        digests = sum128_final(sums, page_bytes)
+        digests = lane.digests[: len(pages)].copy()
         self._idle[device].append(lane)
         return digests
 
@@ -233,9 +246,9 @@ class CardWork:
                 chosen = pages[start : start + count]
                 slots = np.arange(len(chosen))
                 self.copy(memory, chosen, scratch, slots).wait()
-                sums = self._sums(words, slots, page_bytes)
-                assert sums is not None  # noqa: S101 - packed words are aligned
-                found.append(sums)
+                digests = self._sums(words, slots, page_bytes)
+                assert digests is not None  # noqa: S101 - packed words are aligned
+                found.append(digests)
         return np.concatenate(found)
 
 
