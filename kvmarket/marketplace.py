@@ -182,7 +182,9 @@ class Marketplace:
             arena = self._arena
             if arena is None:
                 arena = await self._run(self._writer, self._open_arena, deadline)
-            new, announced = await self._run(self._writer, partial(arena.put, keys, pages), deadline, borrowed=True)
+            new, announced = await self._run(
+                self._writer, partial(arena.put, keys, PagedMemory.packed(pages)), deadline, borrowed=True
+            )
             if announced is not None:
                 await self._wait(asyncio.wrap_future(announced), deadline)
             blocks = arena.offered(keys)

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from kvmarket.arena_publish import ArenaPublisher
 from kvmarket.completion import completion
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore, make_transports
@@ -294,3 +295,25 @@ def test_streams_mean_the_work_that_they_hold_now(after):
 def test_other_things_are_no_events():
     with pytest.raises(InvalidInputError, match="int"):
         completion(3)
+
+
+def test_pages_of_a_card_are_published_by_copy(api, open_core):
+    owner, reader = open_core(arena_bytes=PAGES * SPEC.page_bytes), open_core()
+    pages, local = pages_on(api, 1), pages_on(api, 2)
+    arena = ArenaPublisher(owner, like=pages)
+    new, announced = arena.put(KEYS[:30], pages)
+    assert new == announced.result(10) == arena.offered(KEYS) == 30
+    assert arena.put(KEYS[:30], pages)[0] == 0
+    kept = pages_on(api, 1)
+    for memory in pages.memories:
+        memory[:] = 0  # the caller's again
+    outcome = fetch(reader, local)
+    assert (outcome.blocks, outcome.blocks_verified) == (30, 30)
+    assert outcome.transfers[0].transport == "cuda_ipc"
+    for page in range(30):
+        assert all((a == b).all() for a, b in zip(local.views(page), kept.views(page), strict=True))
+    assert arena.withdraw(KEYS) == 30
+    assert fetch(reader, local).blocks == 0
+    with pytest.raises(InvalidInputError, match="host"):
+        arena.put(KEYS[:1], PagedMemory.packed(np.zeros((1, SPEC.page_bytes), np.uint8)))
+    arena.close()
