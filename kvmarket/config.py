@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PREFIX = "KVMARKET_"
+_SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
+"""What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
 TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc")
 VERIFY_MODES = ("none", "sampled", "full")
 
@@ -147,7 +150,7 @@ class MarketConfig:
         by_env = {item.metadata["env"]: item for item in fields(cls)}
         values: dict[str, Any] = {}
         for name, text in source.items():
-            if not name.startswith(PREFIX):
+            if not name.startswith(PREFIX) or _SERVICE_LINK.fullmatch(name):
                 continue
             if name not in by_env:
                 raise ConfigError(f"unknown setting {name}; known settings: {', '.join(sorted(by_env))}")

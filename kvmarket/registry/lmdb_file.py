@@ -21,6 +21,7 @@ from kvmarket.errors import (
     RegistryUnavailableError,
 )
 from kvmarket.registry.host import OwnerLocks, lock_holder
+from kvmarket.registry.lmdb_users import RegistryUsers
 from kvmarket.registry.records import pack, unpack
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ Transaction = Any
 
 FILE_NAME = "registry.lmdb"
 TURN_NAME = "registry.turn"
+USERS_NAME = "registry.users"
 BLOCKS_SHARE_MAX = 0.85
 """How much of the file blocks may take. Removing needs room as well, because lmdb copies what it changes."""
 WRITE_WAIT_S = 3.0
@@ -77,16 +79,38 @@ class RegistryFile:
     env: lmdb.Environment
     locks: OwnerLocks
     turn: int
+    joined: RegistryUsers
     tables: dict[str, Any] = field(default_factory=dict)
     users: int = 0
     writing: threading.Lock = field(default_factory=threading.Lock)
     _idle: threading.Condition = field(default_factory=threading.Condition)
     _active: int = 0
     _paused: bool = False
+    _identity: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self._identity = self._on_disk()
+
+    def _on_disk(self) -> tuple[int, int]:
+        with translated(self.path):
+            info = self.path.stat()
+        return info.st_dev, info.st_ino
+
+    def _require_in_place(self) -> None:
+        """Raise `RegistryUnavailableError` when the open file is no longer the one that other processes would open."""
+        try:
+            same = self._on_disk() == self._identity
+        except RegistryUnavailableError:
+            same = False
+        if not same:
+            raise RegistryUnavailableError(
+                f"{self.path} was removed or replaced while it was in use; restart this process to meet the others"
+            )
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
         """A read transaction: a snapshot, taken without a lock that other processes know of."""
+        self._require_in_place()
         with translated(self.path), self._transaction(write=False) as txn:
             yield txn
 
@@ -95,8 +119,9 @@ class RegistryFile:
         """A write transaction: one at a time on this host; committed unless the block raises.
 
         Raises:
-            RegistryUnavailableError: other writers had the turn for all of `WRITE_WAIT_S`.
+            RegistryUnavailableError: other writers had the turn for all of `WRITE_WAIT_S`, or the file was removed.
         """
+        self._require_in_place()
         with self._turn(), translated(self.path), self._transaction(write=True) as txn:
             yield txn
 
@@ -183,6 +208,7 @@ class RegistryFile:
         self.env.close()
         os.close(self.turn)
         self.turn = -1
+        self.joined.close()
 
     # ---- forks: a child must not use the parent's file, and lmdb lets it open the file anew only when it closed that
     # one. Closing gives up the transactions that are open, for the parent as well: so there must be none.
@@ -277,14 +303,18 @@ def _open(directory: Path, map_bytes: int) -> RegistryFile:
             owners.mkdir(mode=0o700, exist_ok=True)
             turn = os.open(directory / TURN_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             undo.callback(os.close, turn)
+            joined = RegistryUsers(directory / USERS_NAME, WRITE_WAIT_S)
+            undo.callback(joined.close)
+            joined.join([path, directory / f"{FILE_NAME}-lock", *owners.iterdir()])
             env = _environment(path, map_bytes)
             undo.callback(env.close)
             env.reader_check()  # readers that were killed must not pin old pages
             short = _extend_short_file(env, path)
-        file = RegistryFile(path, env, OwnerLocks(owners), turn)
+        file = RegistryFile(path, env, OwnerLocks(owners), turn, joined)
         _open_tables(file)
         if short:
             _read_everything(file)
+        joined.mark()
         undo.pop_all()
     return file
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 from kvmarket import ConfigError, Marketplace, MissReason, RegistryError
 from kvmarket.errors import RegistryFullError, RegistryProtocolError, RegistryUnavailableError
 from kvmarket.registry.lmdb import LmdbRegistry
-from kvmarket.registry.lmdb_file import FILE_NAME
+from kvmarket.registry.lmdb_file import FILE_NAME, USERS_NAME
 from kvmarket.registry.records import pack
 from kvmarket.testing.samples import SPEC, sample_kv, sample_tokens
 
@@ -21,7 +22,22 @@ TOKENS = sample_tokens(1, 40)
 
 @pytest.fixture
 def used(peers, config):
-    """The registry of two owners that were killed, so that the file has something in it."""
+    """The registry of two owners that were killed, in use by a process that looks on."""
+    onlooker = peers.spawn()
+    onlooker.call(jobs.open_market, config)
+    for seed in (1, 2):
+        peer = peers.spawn()
+        peer.call(jobs.open_market, config)
+        peer.call(jobs.publish, seed, 40)
+        peer.kill()
+    path = config.directory / FILE_NAME
+    yield path
+    onlooker.kill()
+
+
+@pytest.fixture
+def left(peers, config):
+    """The registry of two owners that were killed; nobody uses it."""
     for seed in (1, 2):
         peer = peers.spawn()
         peer.call(jobs.open_market, config)
@@ -64,6 +80,63 @@ def test_a_newer_major_is_refused_by_name(used, config):
             Marketplace("model", SPEC, config=config)
 
 
+def test_a_newer_major_that_nobody_uses_is_kept(left, config):
+    (config.directory / USERS_NAME).write_bytes(b"kvmarket registry 2\n")
+    before = left.read_bytes()
+    for _ in range(2):
+        with pytest.raises(RegistryProtocolError, match="another kvmarket: version 2"):
+            Marketplace("model", SPEC, config=config)
+    assert left.read_bytes() == before
+
+
+def random_pages(path, seed, pages):
+    rng = random.Random(seed)
+    with path.open("r+b") as file:
+        for _ in range(pages):
+            file.seek(4096 * rng.randrange(2, path.stat().st_size // 4096))
+            file.write(rng.choice([bytes(4096), rng.randbytes(4096), rng.randbytes(16)]))
+
+
+@pytest.mark.parametrize("damage", ["none", "pages", "header", "short", "empty", "lock"])
+def test_with_nobody_left_it_is_made_anew(left, config, peers, damage):
+    """So no damage done meanwhile matters. (lmdb would abort the process on some of it.)"""
+    if damage == "pages":
+        random_pages(left, 1, 20)
+    elif damage == "header":
+        left.write_bytes(os.urandom(9000))
+    elif damage in {"short", "empty"}:
+        os.truncate(left, 9000 if damage == "short" else 0)
+    elif damage == "lock":
+        (left.parent / f"{FILE_NAME}-lock").write_bytes(os.urandom(8192))
+    first = peers.spawn()
+    first.call(jobs.open_market, config)
+    report, _ = first.call(jobs.fetch, 1, 40)
+    assert (report.reason, report.blocks_adopted) == (MissReason.NOT_PUBLISHED, 0)
+    assert [path.name for path in (config.directory / "owners").iterdir()] == []
+    first.call(jobs.publish, 1, 4)
+    assert peers.spawn().call(use, config) == ("fine", "")
+    report, equal = first.call(jobs.fetch, 1, 4)
+    assert (report.blocks_adopted, equal) == (4, True)
+
+
+def test_processes_that_start_together_meet(left, config, peers):
+    """Exactly one of them makes the registry anew, before anybody else is in it."""
+    for turn in range(5):
+        fleet = [peers.spawn() for _ in range(4)]
+        for peer in fleet:
+            peer.start(jobs.open_market, config)
+        for peer in fleet:
+            peer.result()
+        for number, peer in enumerate(fleet):
+            peer.call(jobs.publish, 10 * turn + number, 3)
+        for peer in fleet:
+            for number in range(len(fleet)):
+                report, equal = peer.call(jobs.fetch, 10 * turn + number, 3)
+                assert (report.blocks_adopted, equal) == (3, True)
+        for peer in fleet:
+            peer.kill()
+
+
 @pytest.mark.parametrize(
     "keep",
     [0, 1, 17, 4095, 4096, 4097, 8191, 8192, 8193, 12288, 20000, 0.3, 0.5, 0.7, 0.9, -4097, -4096, -1],
@@ -91,9 +164,11 @@ def test_random_bytes_instead_of_a_file(config, peers, nbytes):
     assert peers.spawn().call(use, config) == ("fine", ""), "which helps"
 
 
-def test_a_damaged_lock_file_is_made_anew(used, config, peers):
+def test_a_damaged_lock_file_is_no_crash(used, config, peers):
     (used.parent / f"{FILE_NAME}-lock").write_bytes(os.urandom(8192))
-    assert peers.spawn().call(use, config)[0] == "fine"
+    outcome, detail = peers.spawn().call(use, config)
+    assert outcome in {"fine", "RegistryProtocolError"}
+    assert outcome == "fine" or "remove it" in detail
 
 
 def test_records_of_a_newer_version_inside_are_skipped(config, peers):
@@ -118,6 +193,24 @@ def rewrite_records(state, first):
                 txn.put(key, value[:1] + b"\x02" + value[2:], db=file.tables["blocks"])
                 changed += 1
     return changed
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+async def test_a_registry_that_is_taken_away_is_noticed(config, peers, how):
+    """Else its users would go on among themselves, and never meet those who come later."""
+    async with Marketplace("model", SPEC, config=config) as market:
+        await market.publish(TOKENS, sample_kv(TOKENS))
+        shutil.rmtree(config.directory)
+        if how == "replaced":
+            newcomer = peers.spawn()
+            newcomer.call(jobs.open_market, config)
+            assert newcomer.call(jobs.publish, 5, 2).blocks == 2
+        report = (await market.fetch(TOKENS)).report
+        assert report.reason is MissReason.REGISTRY_UNAVAILABLE
+        assert "was removed or replaced" in report.detail
+        other_tokens = sample_tokens(2, 2)
+        with pytest.raises(RegistryUnavailableError, match="restart this process"):
+            await market.publish(other_tokens, sample_kv(other_tokens))
 
 
 def test_a_directory_that_others_may_enter_is_refused(config):

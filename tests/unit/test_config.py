@@ -127,3 +127,11 @@ def test_directories(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda *args: False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert default_runtime_dir().parent == tmp_path
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting():
+    """A service called kvmarket puts these into every container of its namespace."""
+    names = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
+    assert MarketConfig.from_env({f"KVMARKET_{name}": "10.0.0.1" for name in names}) == MarketConfig()
+    with pytest.raises(ConfigError, match="KVMARKET_PORTS"):
+        MarketConfig.from_env({"KVMARKET_PORTS": "1"})
