@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket import Marketplace
-from kvmarket.config import MarketConfig
+from kvmarket.config import MarketConfig, default_runtime_dir
 from kvmarket.core import MarketCore
 from kvmarket.cuda import cuda_pages
 from kvmarket.deadline import Deadline
@@ -298,7 +298,7 @@ async def main() -> None:
     parser.add_argument("--quick", action="store_true", help="64 MiB and 3 rounds, to see that it runs")
     options = parser.parse_args()
     blocks, rounds = (32, 3) if options.quick else (GIB // LARGE.page_bytes, options.rounds)
-    with PeerPool() as pool, tempfile.TemporaryDirectory() as runtime_dir:
+    with PeerPool() as pool, tempfile.TemporaryDirectory(dir=default_runtime_dir().parent) as runtime_dir:
         owner = pool.spawn()
         placed = owner.call(publish, runtime_dir, {"large": blocks, "small": 1}, timeout_s=120)
         large = Side(LARGE, runtime_dir, blocks, placed["large"])
