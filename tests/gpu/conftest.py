@@ -28,9 +28,24 @@ def needs_gpu(gpu):
     """Every test here needs it."""
 
 
+def required(request, name, minversion=None):
+    """Import a module, or skip; with ``--require-gpu`` its absence is a failure."""
+    try:
+        return pytest.importorskip(name, minversion=minversion)
+    except pytest.skip.Exception as error:
+        if request.config.getoption("--require-gpu", default=False):
+            pytest.fail(str(error))
+        raise
+
+
 @pytest.fixture(scope="session")
-def torch(gpu):
-    return pytest.importorskip("torch")
+def torch(gpu, request):
+    return required(request, "torch")
+
+
+@pytest.fixture(scope="session")
+def transformers(gpu, request):
+    return required(request, "transformers", "5.0")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Caches of a transformers model on the card, from one process to another."""
 
 import hf_jobs as jobs
-import pytest
 
 from kvmarket import MissReason
 from kvmarket.testing.tiny_models import TINY_MODEL, write_model
@@ -9,8 +8,7 @@ from kvmarket.testing.tiny_models import TINY_MODEL, write_model
 PROMPT = jobs.prompt(203)
 
 
-def test_a_cache_on_the_card_is_shared_without_the_host(peers, tmp_path, runtime_dir, torch):
-    pytest.importorskip("transformers", minversion="5.0")
+def test_a_cache_on_the_card_is_shared_without_the_host(peers, tmp_path, runtime_dir, torch, transformers):
     from kvmarket_hf import CacheMarket
 
     model = jobs.load(write_model(tmp_path, TINY_MODEL), "cuda")
