@@ -317,3 +317,16 @@ def test_pages_of_a_card_are_published_by_copy(api, open_core):
     with pytest.raises(InvalidInputError, match="host"):
         arena.put(KEYS[:1], PagedMemory.packed(np.zeros((1, SPEC.page_bytes), np.uint8)))
     arena.close()
+
+
+def test_digests_of_a_kind_that_cannot_be_compared_are_no_digests(api, open_core, monkeypatch):
+    monkeypatch.setattr("kvmarket.core.default_digest", lambda kind: f"{kind}-of-tomorrow")
+    owner = open_core()
+    publisher = owner.publisher(owner.lend(pages_on(api, 1)))
+    publisher.offer(KEYS, list(range(PAGES)))
+    publisher.flush(Deadline(10))
+    outcome = fetch(open_core(), pages_on(api, 2))
+    assert (outcome.blocks, outcome.reason) == (0, MissReason.UNVERIFIED)
+    assert "cuda-of-tomorrow" in outcome.detail
+    outcome = fetch(open_core(verify="sampled"), pages_on(api, 2))
+    assert (outcome.blocks, outcome.blocks_verified) == (PAGES, 0)
