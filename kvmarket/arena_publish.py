@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmarket.errors import InvalidInputError, KVMarketError
 from kvmarket.region.arena import Arena
-from kvmarket.region.pages import PagedMemory, copy_pages
+from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.pages import copy_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
     from kvmarket.core import MarketCore
+    from kvmarket.region.pages import PagedMemory
 
 
 class ArenaPublisher:
     """One arena of one marketplace. Not thread-safe: its marketplace's publishing thread owns it.
 
+    Args:
+        core: the marketplace.
+        like: pages in memory of the kind, and of the card, that is to be published; default: host memory.
+
     Raises:
+        InvalidInputError, RegistrationError: the card's memory cannot be lent.
         RegistryError: this process cannot be entered as an owner.
     """
 
-    def __init__(self, core: MarketCore) -> None:
-        self._arena = Arena(core.config.arena_bytes, core.namespace.spec.page_bytes)
+    def __init__(self, core: MarketCore, like: PagedMemory | None = None) -> None:
+        cuda = (like.api, like.device) if isinstance(like, CudaPagedMemory) else None
+        self._arena = Arena(core.config.arena_bytes, core.namespace.spec.page_bytes, cuda)
         try:
-            region = core.lend(self._arena.pages, [self._arena.memory])
+            region = core.lend(self._arena.pages, self._arena.shared)
             self._publisher = core.publisher(region)
         except KVMarketError:
             self._arena.close()
             raise
 
-    def put(self, keys: Sequence[bytes], pages: np.ndarray) -> tuple[int, Future[int] | None]:
+    def put(self, keys: Sequence[bytes], pages: PagedMemory) -> tuple[int, Future[int] | None]:
         """Copy in the blocks of a prefix that are not there yet and offer them. Does no I/O.
 
         Args:
             keys: registry keys of the prefix, from its first block on.
-            pages: (len(keys), page_bytes) uint8; not read any more when this returns.
+            pages: one page per key, in memory of the arena's kind; not read any more when this returns.
 
         Returns:
             How many blocks were new, and a future that ends when everything offered so far is announced. None were, and
@@ -58,7 +67,7 @@ class ArenaPublisher:
         self._arena.touch(keys)
         slots, evicted = self._arena.reserve([keys[i] for i in new])
         self._publisher.retract([slot for _, slot in evicted])
-        copy_pages(PagedMemory.packed(pages), np.array(new, np.int64), self._arena.pages, np.array(slots, np.int64))
+        _copy(pages, np.array(new, np.int64), self._arena.pages, np.array(slots, np.int64))
         self._arena.touch(keys)
         return len(new), self._publisher.offer([keys[i] for i in new], slots, wait=True)
 
@@ -80,3 +89,13 @@ class ArenaPublisher:
     def close(self) -> None:
         """Give the memory back."""
         self._arena.close()
+
+
+def _copy(source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray) -> None:
+    """Copy pages within one kind of memory; on a card, after the event that `source` names. Waits for the end."""
+    if not isinstance(target, CudaPagedMemory):
+        copy_pages(source, source_pages, target, target_pages)
+    elif len(source_pages):
+        if not isinstance(source, CudaPagedMemory):
+            raise InvalidInputError("pages of the host do not fit an arena on a card")
+        target.api.copy(source, source_pages, replace(target, after=source.after), target_pages).wait()

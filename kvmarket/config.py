@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PREFIX = "KVMARKET_"
 _SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 """What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
-TRANSPORTS = ("auto", "inproc", "shm", "ucx")
+TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc", "ucx")
 UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
 VERIFY_MODES = ("none", "sampled", "full")
 
@@ -113,7 +113,7 @@ class MarketConfig:
     """All settings of one marketplace. Each field can be set by the environment name in its metadata.
 
     Attributes:
-        transport: ``auto`` (by locality, after a probe), ``inproc``, ``shm`` or ``ucx``.
+        transport: ``auto`` (by locality and kind of memory, after a probe), ``inproc``, ``shm``, ``cuda_ipc``, ``ucx``.
         ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
         ucx_addresses: IP addresses to announce for UCX, separated by commas; empty for all of this host.
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, ``memory`` (this process only), or the

@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
+from kvmarket.digest import default_digest
 from kvmarket.errors import (
     InvalidInputError,
     KVMarketError,
@@ -23,9 +24,11 @@ from kvmarket.fetch import Fetcher
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
 from kvmarket.reach import Listeners, make_transports
+from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.region import LentRegion
 from kvmarket.registry import Registry, open_registry
 from kvmarket.transport import TransportSelector
+from kvmarket.transport.cuda_ipc import CudaExports
 from kvmarket.transport.inproc import local_regions
 
 if TYPE_CHECKING:
@@ -103,6 +106,7 @@ class MarketCore:
 
         Raises:
             InvalidInputError: page size, memories or layout do not fit.
+            RegistrationError: CUDA memory that cannot be exported; the message says what to change.
         """
         if pages.layout.page_bytes != self.namespace.spec.page_bytes:
             raise InvalidInputError(
@@ -122,6 +126,8 @@ class MarketCore:
                 pages,
                 shared,
                 self.namespace.spec.fingerprint,
+                exports=self._exports(pages),
+                digest=default_digest(pages.kind),
                 verify=self.config.verify,
             )
             try:
@@ -133,6 +139,15 @@ class MarketCore:
             local_regions.add(owner.incarnation, region)
             self._regions.append(region)
             return region
+
+    def _exports(self, pages: PagedMemory) -> CudaExports | None:
+        if not isinstance(pages, CudaPagedMemory):
+            return None
+        if not any("cuda" in transport.capabilities.memory for transport in self.transports.transports):
+            raise InvalidInputError(
+                f"CUDA memory cannot be lent with KVMARKET_TRANSPORT={self.config.transport}; use auto or cuda_ipc"
+            )
+        return CudaExports(pages)
 
     def publisher(self, region: LentRegion) -> Publisher:
         """Return a publisher for a lent region; it ends with this core."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
 from kvmarket.helper import Helper
@@ -188,12 +189,24 @@ class Fetcher:
             return 0
         finally:
             outcome.stages["connect"] += time.perf_counter() - began
+        if local.kind not in connection.fills:
+            outcome.reason = MissReason.UNREACHABLE
+            kinds = " or ".join(sorted(connection.fills))
+            outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, not into {local.kind} memory"
+            return 0
+        if self._verify == "full" and not can_digest(local.kind, connection.digest):
+            outcome.reason = MissReason.UNVERIFIED
+            outcome.detail = f"{owner}: its digests ({connection.digest}) cannot be compared in {local.kind} memory"
+            return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
-        verification = Verification(self._verify, run, local, targets)
+        verification = Verification(self._verify, run, local, targets, connection.digest)
         request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
         reading = SharedRead(connection, request, deadline, verification)
         try:
             report = reading.run(self._helper)
+        except TransportUnavailableError as error:  # the card of these local pages does not reach the owner's
+            outcome.reason, outcome.detail = MissReason.UNREACHABLE, f"{owner}: {error}"
+            return 0
         except (PeerGoneError, TransferError) as error:
             self._transports.forget(owner)
             outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner}: {error}"

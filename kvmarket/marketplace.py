@@ -15,11 +15,13 @@ import numpy as np
 from kvmarket.arena_publish import ArenaPublisher
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
+from kvmarket.cuda import is_cuda, packed_cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.fetch import Outcome
 from kvmarket.hashing import TokenIds, hash_blocks, token_array
 from kvmarket.identity import ModelIdentity, Namespace
+from kvmarket.prefix_keys import PrefixKeys
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry, block_keys
@@ -46,7 +48,7 @@ class FetchResult:
     """What `Marketplace.fetch` returns.
 
     Attributes:
-        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it.
+        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it, of cupy for a GPU.
         report: what happened.
     """
 
@@ -80,6 +82,7 @@ class Marketplace:
         namespace = Namespace(identity, spec, config.hash, tenant=config.tenant, salt=config.salt.encode())
         self._core = MarketCore(namespace, config, registry)
         self._config, self._spec, self._root = config, spec, namespace.digest
+        self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash)
         self._readers = ThreadPoolExecutor(config.fetch_concurrency, "kvmarket-read")
         self._writer = ThreadPoolExecutor(1, "kvmarket-publish")
         self._slots = asyncio.Semaphore(config.fetch_concurrency)
@@ -179,7 +182,9 @@ class Marketplace:
             arena = self._arena
             if arena is None:
                 arena = await self._run(self._writer, self._open_arena, deadline)
-            new, announced = await self._run(self._writer, partial(arena.put, keys, pages), deadline, borrowed=True)
+            new, announced = await self._run(
+                self._writer, partial(arena.put, keys, PagedMemory.packed(pages)), deadline, borrowed=True
+            )
             if announced is not None:
                 await self._wait(asyncio.wrap_future(announced), deadline)
             blocks = arena.offered(keys)
@@ -193,7 +198,7 @@ class Marketplace:
 
     async def withdraw(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
         """Take this process's blocks of a prefix back; returns how many. Peers stop adopting them at once."""
-        keys = block_keys(self._hash(tokens, extra_keys))
+        keys = self._keys(tokens, extra_keys)
         deadline = Deadline(self._config.publish_deadline_s)
         return await self._run(self._writer, lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
 
@@ -213,7 +218,7 @@ class Marketplace:
     async def match(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> MatchReport:
         """Say how much of a prefix is published, and why not more, without moving a byte."""
         began = time.perf_counter()
-        keys = block_keys(self._hash(tokens, extra_keys))
+        keys = self._keys(tokens, extra_keys)
         found, reason, detail = await self._lookup(keys, Deadline(self._config.fetch_deadline_s))
         owners = tuple(found.owners)
         missing = found.blocks if found.blocks < len(keys) else None
@@ -233,8 +238,9 @@ class Marketplace:
 
         Args:
             tokens: (n,) token ids.
-            out: where to put the pages, a writable array or CPU tensor of at least one page per full block (see
-                `kvmarket.tensors.as_pages`); default: a buffer from a pool, which is reused when the result is gone.
+            out: where to put the pages, a writable array or tensor of at least one page per full block, on the host
+                (see `kvmarket.tensors.as_pages`) or on a GPU (see `kvmarket.cuda.packed_cuda_pages`); default: a host
+                buffer from a pool, which is reused when the result is gone. Blocks on a GPU are fetched to a GPU.
             extra_keys: as for `publish`.
             deadline_s: seconds; default `MarketConfig.fetch_deadline_s`. When it passes, what is proven is the hit.
 
@@ -249,25 +255,30 @@ class Marketplace:
         """
         began = time.perf_counter()
         tokens = token_array(tokens)
-        keys = block_keys(self._hash(tokens, extra_keys))
-        target = None if out is None else as_pages(out, self._spec, writable=True, what="out")
-        if target is not None and len(target) < len(keys):
-            raise InvalidInputError(f"out has {len(target)} blocks for {len(keys)} full blocks of tokens")
+        keys = self._keys(tokens, extra_keys)
+        local = None if out is None else self._local(out)
+        if local is not None and local.layout.num_pages < len(keys):
+            raise InvalidInputError(f"out has {local.layout.num_pages} blocks for {len(keys)} full blocks of tokens")
         deadline = Deadline(self._config.fetch_deadline_s if deadline_s is None else deadline_s)
         hashed = time.perf_counter()
         found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
         outcome = Outcome(reason=reason, detail=detail)
-        if target is None:
-            target = self._staging.pages(found.blocks, self._spec.page_bytes)
+        if local is None:
+            local = PagedMemory.packed(self._staging.pages(found.blocks, self._spec.page_bytes))
         if found.blocks:
-            outcome = await self._read(found, target, deadline)
+            outcome = await self._read(found, local, deadline)
             if outcome.reason is MissReason.NONE:
                 outcome.reason, outcome.detail = reason, detail
         stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
         stages["total"] = time.perf_counter() - began
         report = self._report(len(tokens), len(keys), found, outcome, stages)
-        return FetchResult(target[: outcome.blocks], report)
+        return FetchResult(local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks], report)
+
+    def _local(self, out: Any) -> PagedMemory:
+        if is_cuda(out):
+            return packed_cuda_pages(out, self._spec, what="out")
+        return PagedMemory.packed(as_pages(out, self._spec, writable=True, what="out"))
 
     async def _lookup(self, keys: list[bytes], deadline: Deadline) -> tuple[LookupResult, MissReason, str]:
         self._require_open()
@@ -282,8 +293,8 @@ class Marketplace:
         except DeadlineExceededError as error:
             return nothing, MissReason.DEADLINE, str(error)
 
-    async def _read(self, found: LookupResult, target: np.ndarray, deadline: Deadline) -> Outcome:
-        local, pages = PagedMemory.packed(target), np.arange(found.blocks)
+    async def _read(self, found: LookupResult, local: PagedMemory, deadline: Deadline) -> Outcome:
+        pages = np.arange(found.blocks)
         fetcher = self._core.fetcher
         small = found.blocks * self._spec.page_bytes <= INLINE_BYTES_MAX
         if small and self._core.registry.local and self._core.transports.immediate(found.owners.values()):
@@ -333,6 +344,10 @@ class Marketplace:
         return hash_blocks(
             tokens, self._spec.block_size, root=self._root, algorithm=self._config.hash, extra_keys=extra_keys
         )
+
+    def _keys(self, tokens: TokenIds, extra_keys: Sequence[bytes] | None) -> list[bytes]:
+        self._require_open()
+        return self._prefix_keys.of(token_array(tokens), extra_keys)
 
     def _require_open(self) -> None:
         if self._closing is not None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmarket.completion import completion
 from kvmarket.digest import page_digests
 from kvmarket.errors import DeadlineExceededError, KVMarketError, MarketClosedError, RegistryUnavailableError
 from kvmarket.registry.records import make_records
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvmarket.deadline import Deadline
     from kvmarket.identity import Namespace, OwnerInfo
@@ -36,12 +38,23 @@ QUEUE_MAX = 1024
 """Batches waiting for the announcing thread; more are dropped and counted, they are only lost hits."""
 
 
+KERNELS_S_MAX = 60.0
+"""Pages whose kernels have not ended by then are not published."""
+POLL_S = 0.0001
+
+
 @dataclass
 class _Job:
+    """Blocks to announce, or (without `generations`) to withdraw.
+
+    With `after` the pages are not readable yet: `generations` are those under which they are reserved until then.
+    """
+
     keys: list[bytes]
     pages: np.ndarray
     generations: np.ndarray | None
     done: Future[int] | None = None
+    after: Callable[[], bool] | None = None
 
 
 class Publisher:
@@ -75,14 +88,19 @@ class Publisher:
         with self._lock:
             return self._page_of.get(key)
 
-    def offer(self, keys: Sequence[bytes], pages: Sequence[int], *, wait: bool = False) -> Future[int] | None:
+    def offer(
+        self, keys: Sequence[bytes], pages: Sequence[int], *, wait: bool = False, after: Any = None
+    ) -> Future[int] | None:
         """Make `pages` readable as the blocks `keys`; their bytes must be final. Announced soon after, in order.
 
         Args:
             keys: registry keys, see `kvmarket.registry.block_keys`; blocks that are offered already are left alone.
             pages: the page of each.
             wait: return a future of the number of blocks announced; it cannot be cancelled.
+            after: the bytes are final once this has passed (see `kvmarket.completion`): a CUDA event behind the kernels
+                that fill the pages, or their stream. The pages become readable then, unless they are retracted first.
         """
+        ended = None if after is None else completion(after)
         done: Future[int] | None = None
         if wait:
             done = Future()
@@ -98,8 +116,9 @@ class Publisher:
                 if previous is not None:
                     del self._page_of[previous]
                 self._key_of[page], self._page_of[key] = key, page
-            generations = self._region.generations.validate(numbers)
-            self._put(_Job([key for key, _ in fresh], numbers, generations, done))
+            table = self._region.generations
+            generations = table.validate(numbers) if ended is None else table.reserve(numbers)
+            self._put(_Job([key for key, _ in fresh], numbers, generations, done, ended))
         return done
 
     def _take_back(self, job: _Job) -> None:
@@ -199,6 +218,7 @@ class Publisher:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
+            self._settle(job)
             jobs = [job]
             pages = len(job.keys)
             stop = False
@@ -207,11 +227,41 @@ class Publisher:
                 if following is None:
                     stop = True
                     break
+                if following.after is not None:  # what is ready does not wait for a kernel
+                    self._work(jobs)
+                    jobs = []
+                    self._settle(following)
                 jobs.append(following)
                 pages += len(following.keys)
             self._work(jobs)
             if stop:
                 return
+
+    def _settle(self, job: _Job) -> None:
+        """Wait until the pages of `job` are final, and make those readable that nobody retracted or offered anew."""
+        if job.after is None or job.generations is None:
+            return
+        ended = self._ended(job.after)
+        with self._lock:
+            if not ended:
+                self._take_back(job)
+            reserved = self._region.generations.values[job.pages] == job.generations
+            rows = [i for i in np.flatnonzero(reserved).tolist() if self._page_of.get(job.keys[i]) == job.pages[i]]
+            job.keys, job.pages = [job.keys[i] for i in rows], job.pages[rows]
+            job.generations = self._region.generations.validate(job.pages)
+
+    def _ended(self, after: Callable[[], bool]) -> bool:
+        """Wait for kernels; False when they do not end, fail, or nobody is interested any more."""
+        limit = time.monotonic() + KERNELS_S_MAX
+        try:
+            while not after():
+                if self._closed or time.monotonic() > limit:
+                    return False
+                time.sleep(POLL_S)
+        except RuntimeError as error:  # what torch and cupy make of CUDA's errors
+            logger.warning("kvmarket: blocks are not announced, their kernels failed: %s", error)
+            return False
+        return True
 
     def _work(self, jobs: list[_Job]) -> None:
         """Do jobs in order; consecutive ones of one kind share a transaction."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from kvmarket.errors import MissingExtraError, TransportUnavailableError
 from kvmarket.registry.host import boot_id, pid_namespace
 from kvmarket.transport.base import ServingTransport
+from kvmarket.transport.cuda_ipc import CudaIpcTransport
+from kvmarket.transport.cuda_runtime import load_cuda
 from kvmarket.transport.inproc import InprocTransport
 from kvmarket.transport.shm import ShmTransport
 
@@ -28,10 +30,14 @@ def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Tr
     ``auto`` has UCX when ucxx is installed, for owners that the others do not reach; it starts with the first of them.
 
     Raises:
-        MissingExtraError: ``ucx`` is asked for and ucxx is not installed.
+        MissingExtraError, TransportUnavailableError: UCX or CUDA is asked for by name and cannot be used.
     """
     if config.transport == "inproc":
         return [InprocTransport()]
+    cuda = CudaIpcTransport(boot_id(), pid_namespace(), load_cuda)
+    if config.transport == "cuda_ipc":
+        load_cuda()  # asked for by name, so what is missing for it is an error now
+        return [cuda]
     shm = ShmTransport(boot_id(), pid_namespace())
     if config.transport == "shm":
         return [shm]
@@ -39,12 +45,12 @@ def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Tr
     if config.transport == "ucx" and not has_ucx:
         raise MissingExtraError("ucxx", "ucx")
     if not has_ucx:
-        return [InprocTransport(), shm]
+        return [InprocTransport(), shm, cuda]
     from kvmarket.transport.ucx import UcxTransport
 
     addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
     ucx = UcxTransport(environ, require=config.ucx_require, addresses=addresses)
-    return [ucx] if config.transport == "ucx" else [InprocTransport(), shm, ucx]
+    return [ucx] if config.transport == "ucx" else [InprocTransport(), shm, cuda, ucx]
 
 
 class Listeners:

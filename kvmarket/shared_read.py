@@ -96,12 +96,22 @@ class SharedRead:
 
     def _read(self, part: slice) -> None:
         request = self._request
-        wanted = ReadRequest(request.pages[part], request.generations[part], request.local, request.local_pages[part])
 
         def on_group(indices: np.ndarray) -> None:
             self._verification.check(indices + part.start)
 
-        report = self._connection.read(wanted, deadline=self._deadline, on_group=on_group)
+        def on_digests(indices: np.ndarray, digests: np.ndarray) -> None:
+            self._verification.compare(indices + part.start, digests)
+
+        pages, generations, targets = request.pages[part], request.generations[part], request.local_pages[part]
+        if self._connection.digests:
+            wanted = ReadRequest(
+                pages, generations, request.local, targets, self._verification.wanted[part], on_digests
+            )
+            report = self._connection.read(wanted, deadline=self._deadline)
+        else:
+            wanted = ReadRequest(pages, generations, request.local, targets)
+            report = self._connection.read(wanted, deadline=self._deadline, on_group=on_group)
         with self._lock:
             self._reports.append(report)
             self._refused.update({index + part.start: reason for index, reason in report.refused.items()})

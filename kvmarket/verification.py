@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.digest import page_digests
+from kvmarket.digest import can_digest, default_digest, page_digests
 from kvmarket.registry.records import DIGEST_BYTES, NO_DIGEST, BlockRecords
 
 if TYPE_CHECKING:
@@ -29,23 +29,30 @@ class Verification:
         run: what was announced, one record per page.
         local: where the pages arrive.
         local_pages: (n,) page numbers there, one per record.
+        algorithm: of the announced digests; default: the one for this kind of memory.
 
     Attributes:
+        wanted: (n,) bool: pages to compare.
         mismatched: pages (indices into `run`) whose bytes are not those announced.
         blocks: pages compared.
         seconds: time it took, summed over threads.
     """
 
-    def __init__(self, mode: str, run: BlockRecords, local: PagedMemory, local_pages: np.ndarray) -> None:
+    def __init__(
+        self, mode: str, run: BlockRecords, local: PagedMemory, local_pages: np.ndarray, algorithm: str = ""
+    ) -> None:
         self._local, self._local_pages = local, local_pages
+        self._algorithm = algorithm or default_digest(local.kind)
+        if not can_digest(local.kind, self._algorithm):
+            mode = "none"
         self._digests = np.ascontiguousarray(run["digest"])
-        self._wanted = self._digests != _NO_DIGEST
+        self.wanted = self._digests != _NO_DIGEST
         if mode == "none":
-            self._wanted[:] = False
+            self.wanted[:] = False
         elif mode == "sampled":
             offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
-            self._wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
-        self._any, self._all = bool(self._wanted.any()), bool(self._wanted.all())
+            self.wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
+        self._any, self._all = bool(self.wanted.any()), bool(self.wanted.all())
         self._lock = threading.Lock()
         self.mismatched: set[int] = set()
         self.blocks, self.seconds = 0, 0.0
@@ -54,11 +61,17 @@ class Verification:
         """Verify pages that have just arrived."""
         if not self._any:
             return
-        chosen = indices if self._all else indices[self._wanted[indices]]
+        chosen = indices if self._all else indices[self.wanted[indices]]
         if not len(chosen):
             return
         began = time.perf_counter()
-        actual = b"".join(page_digests(self._local, self._local_pages[chosen]))
+        self._compare(chosen, b"".join(page_digests(self._local, self._local_pages[chosen], self._algorithm)), began)
+
+    def compare(self, indices: np.ndarray, digests: np.ndarray) -> None:
+        """Verify pages that have just arrived by their digests, (n,) V16, which came with them."""
+        self._compare(indices, digests.tobytes(), time.perf_counter())
+
+    def _compare(self, chosen: np.ndarray, actual: bytes, began: float) -> None:
         wrong: list[int] = []
         if actual != self._digests[chosen].tobytes():
             differ = np.frombuffer(actual, f"V{DIGEST_BYTES}") != self._digests[chosen]

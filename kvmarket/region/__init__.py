@@ -1,6 +1,7 @@
 """Memory that is lent to peers: pages, their generations, and arenas of our own."""
 
 from kvmarket.region.arena import Arena
+from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.generations import GenerationTable
 from kvmarket.region.memory import SharedMemory
@@ -9,6 +10,7 @@ from kvmarket.region.region import LentRegion
 
 __all__ = [
     "Arena",
+    "CudaPagedMemory",
     "GenerationTable",
     "LentRegion",
     "PageLayout",

@@ -6,11 +6,14 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from kvmarket.errors import InvalidInputError
+from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory, PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kvmarket.region.cuda import CudaApi
 
 
 class Arena:
@@ -20,15 +23,23 @@ class Arena:
     more recent than its parent.
     """
 
-    def __init__(self, capacity_bytes: int, page_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, page_bytes: int, cuda: tuple[CudaApi, int] | None = None) -> None:
+        """Take the memory: shared memory of the host, or with `cuda` (and the number of a card) memory of that card."""
         slots = capacity_bytes // page_bytes
         if slots < 1:
             raise InvalidInputError(
                 f"an arena of {capacity_bytes} bytes holds no page of {page_bytes}; raise KVMARKET_ARENA_BYTES"
             )
-        self.memory = SharedMemory(slots * page_bytes, "arena")
-        self.memory.populate()
-        self.pages = PagedMemory(PageLayout.packed(slots, page_bytes), (self.memory.array,))
+        layout, nbytes = PageLayout.packed(slots, page_bytes), slots * page_bytes
+        self.shared: tuple[SharedMemory, ...] = ()
+        self.pages: PagedMemory
+        if cuda is None:
+            self.shared = (SharedMemory(nbytes, "arena"),)
+            self.shared[0].populate()
+            self.pages = PagedMemory(layout, (self.shared[0].array,))
+        else:
+            api, device = cuda
+            self.pages = CudaPagedMemory.of(api, layout, [api.allocate(nbytes, device)])
         self._slots: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
 
@@ -84,5 +95,6 @@ class Arena:
         return self.release(list(self._slots))
 
     def close(self) -> None:
-        """Give the memory back."""
-        self.memory.close()
+        """Give the memory back; that of a card goes with the last reference to it."""
+        for memory in self.shared:
+            memory.close()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError, RegistryProtocolError
+from kvmarket.region.cuda import HANDLE_BYTES, UUID_BYTES, CudaAddress
 from kvmarket.region.generations import PROBE_BYTES
 from kvmarket.region.memory import MemoryAddress
 from kvmarket.region.pages import PageLayout, Segment
@@ -33,6 +34,9 @@ class RegionDescriptor:
         probe: bytes that a reader must find in the table, proof that the path carries bytes.
         endpoints: transport -> where the owner listens for it, (address, port) in order of preference.
         verify: how the owner verifies what it adopts, and so what it passes on: ``full``, ``sampled`` or ``none``.
+        kind: what holds the pages: ``host`` or ``cuda``.
+        cuda: where CUDA memory is: a place that holds `probe`, and then the memories; empty when it is private.
+        digest: algorithm of the digests in this region's records.
     """
 
     region_id: int
@@ -43,10 +47,13 @@ class RegionDescriptor:
     probe: bytes
     verify: str = "none"
     endpoints: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    kind: str = "host"
+    cuda: tuple[CudaAddress, ...] = ()
+    digest: str = "xxh3_128"
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
-        wire = {
+        wire: dict[str, Any] = {
             "region": self.region_id,
             "spec": self.fingerprint,
             "layout": self.layout.as_list(),
@@ -57,6 +64,9 @@ class RegionDescriptor:
         }
         if self.endpoints:
             wire["endpoints"] = {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()}
+        if self.kind != "host":
+            addresses = [address.as_list() for address in self.cuda]
+            wire |= {"memory_kind": self.kind, "cuda": addresses, "digest": self.digest}
         return wire
 
     @classmethod
@@ -68,11 +78,10 @@ class RegionDescriptor:
         """
         try:
             num_pages, segments = wire["layout"]
-            memories = wire["memories"]
-            if len(segments) > SEGMENTS_MAX or len(memories) > MEMORIES_MAX:
-                raise RegistryProtocolError(
-                    f"a region of {len(segments)} segments in {len(memories)} memories is too large"
-                )
+            memories, cuda = wire["memories"], wire.get("cuda", ())
+            count = max(len(memories), len(cuda))
+            if len(segments) > SEGMENTS_MAX or count > MEMORIES_MAX:
+                raise RegistryProtocolError(f"a region of {len(segments)} segments in {count} memories is too large")
             layout = PageLayout(_integer(num_pages), tuple(Segment(*map(_integer, item)) for item in segments))
             descriptor = cls(
                 region_id=_integer(wire["region"]),
@@ -83,11 +92,16 @@ class RegionDescriptor:
                 probe=_data(wire["probe"], PROBE_BYTES),
                 endpoints=_endpoints(wire.get("endpoints", {})),
                 verify=_word(wire["verify"]),
+                kind=_word(wire.get("memory_kind", "host")),
+                cuda=tuple(_cuda_address(*item) for item in cuda),
+                digest=_word(wire.get("digest", "xxh3_128")),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):
                 raise ValueError("a memory without bytes")  # noqa: TRY301 - one translation for every malformed field
             if memories:
                 layout.check([memory.nbytes for memory in descriptor.memories])
+            if cuda:
+                layout.check([memory.nbytes for memory in descriptor.cuda[1:]])
         except (KeyError, TypeError, ValueError, InvalidInputError) as error:
             raise RegistryProtocolError(f"a region descriptor cannot be read: {error!r}") from error
         return descriptor
@@ -124,3 +138,7 @@ def _word(value: object) -> str:
     if not isinstance(value, str) or len(value) > WORD_MAX:
         raise ValueError(f"expected at most {WORD_MAX} characters")
     return value
+
+
+def _cuda_address(device: object, handle: object, *numbers: object) -> CudaAddress:
+    return CudaAddress(_data(device, UUID_BYTES), _data(handle, HANDLE_BYTES), *map(_integer, numbers))

@@ -64,6 +64,13 @@ class GenerationTable:
         self.values[pages] = fresh
         return fresh
 
+    def reserve(self, pages: np.ndarray) -> np.ndarray:
+        """Make `pages` unreadable, under new (odd) generations that are returned and stay until somebody acts."""
+        fresh: np.ndarray = (self.values[pages] | np.uint64(1)) + np.uint64(2)
+        self.values[pages] = fresh
+        memory_fence()
+        return fresh
+
     def close(self) -> None:
         """Make every page unreadable and give the memory back."""
         self.values |= np.uint64(1)

@@ -8,8 +8,8 @@ common path (a packed destination).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Segment:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageLayout:
     """The segments of a page, in page order. Hashable, so that copy plans are cached."""
 
@@ -47,7 +47,7 @@ class PageLayout:
         # The generated one would hash every segment of an engine's many on every copy.
         return hash((self.num_pages, len(self.segments), self.segments[:1]))
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of one page."""
         return sum(segment.nbytes for segment in self.segments)
@@ -63,6 +63,11 @@ class PageLayout:
             if segment.offset < 0 or segment.nbytes < 1 or segment.stride < 0 or end > memory_sizes[segment.memory]:
                 raise InvalidInputError(f"segment {number} reaches outside its memory")
 
+    def check_pages(self, pages: np.ndarray) -> None:
+        """Raise `InvalidInputError` unless this layout has every one of `pages`."""
+        if len(pages) and int(pages.astype(np.uint64).max()) >= self.num_pages:  # negative ones become large
+            raise InvalidInputError(f"page number outside [0, {self.num_pages})")
+
     def as_list(self) -> list[object]:
         """The wire form."""
         return [self.num_pages, [[s.memory, s.offset, s.stride, s.nbytes] for s in self.segments]]
@@ -73,12 +78,17 @@ class PageLayout:
         return cls(num_pages, (Segment(0, 0, page_bytes, page_bytes),))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PagedMemory:
-    """A page layout over mapped memory: `memories` are flat uint8 arrays."""
+    """A page layout over mapped memory: `memories` are flat uint8 arrays.
+
+    Attributes:
+        kind: what holds them: ``host`` here, ``cuda`` in `kvmarket.region.cuda.CudaPagedMemory`.
+    """
 
     layout: PageLayout
     memories: tuple[np.ndarray, ...]
+    kind: ClassVar[str] = "host"
 
     @classmethod
     def packed(cls, array: np.ndarray) -> PagedMemory:
@@ -117,6 +127,11 @@ def _copy_plan(source: PageLayout, target: PageLayout) -> tuple[_Piece, ...]:
         if b.nbytes > nbytes:
             right.insert(0, Segment(b.memory, b.offset + nbytes, b.stride, b.nbytes - nbytes))
     return tuple(pieces)
+
+
+def copy_plan(source: PageLayout, target: PageLayout) -> tuple[tuple[Segment, Segment], ...]:
+    """Cut two layouts of one page size into runs that are contiguous on both sides, in page order."""
+    return tuple((piece.source, piece.target) for piece in _copy_plan(source, target))
 
 
 def _rows(memory: PagedMemory, segment: Segment) -> np.ndarray:

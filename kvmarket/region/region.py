@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kvmarket.errors import InvalidInputError
+from kvmarket.errors import InvalidInputError, TransportError
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.generations import GenerationTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kvmarket.region.cuda import CudaAddress
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory, PageLayout
+
+
+class Exports(Protocol):
+    """How peers reach memory that is not shared memory."""
+
+    def addresses(self, probe: bytes) -> Sequence[CudaAddress]:
+        """Return where peers find `probe` and then each memory."""
+
+    def close(self) -> None:
+        """Give back what `addresses` took."""
 
 
 class LentRegion:
@@ -34,16 +45,34 @@ class LentRegion:
         shared: Sequence[SharedMemory],
         fingerprint: bytes,
         *,
+        exports: Exports | None = None,
+        digest: str = "xxh3_128",
         verify: str = "full",
     ) -> None:
-        """Lend `pages`, whose memories are `shared`, in the same order (empty when only this process may read them).
+        """Lend `pages`.
 
-        `verify` is how this owner verifies what it adopts, see `RegionDescriptor`.
+        Args:
+            region_id: see above.
+            incarnation: the owner's.
+            pages: see above.
+            shared: the memories of host pages, in the same order; empty when only this process may read them.
+            fingerprint: the spec's.
+            exports: how peers reach CUDA pages; None when only this process may read them.
+            digest: algorithm of the digests that will be announced.
+            verify: how this owner verifies what it adopts, see `RegionDescriptor`.
         """
         pages.layout.check([len(memory) for memory in pages.memories])
         self.region_id, self.pages, self._shared, self._fingerprint = region_id, pages, tuple(shared), fingerprint
         self._verify = verify
         self.generations = GenerationTable(pages.layout.num_pages, incarnation)
+        self._exports, self._digest = exports, digest
+        self._cuda: tuple[CudaAddress, ...] = ()
+        if exports is not None:
+            try:
+                self._cuda = tuple(exports.addresses(self.generations.probe))
+            except TransportError:
+                self.generations.close()
+                raise
 
     @property
     def layout(self) -> PageLayout:
@@ -71,9 +100,14 @@ class LentRegion:
             generations=self.generations.memory.address,
             probe=self.generations.probe,
             endpoints=endpoints or {},
+            kind=self.pages.kind,
+            cuda=self._cuda,
+            digest=self._digest,
             verify=self._verify,
         )
 
     def close(self) -> None:
         """Make every page unreadable and give the generation table back. The pages' memory stays the caller's."""
         self.generations.close()
+        if self._exports is not None:
+            self._exports.close()

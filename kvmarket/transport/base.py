@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.errors import TransportUnavailableError
+
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 OnGroup = Callable[[np.ndarray], None]
 """Called from the reading thread with the indices (into the request) of pages that arrived and passed their checks."""
+OnDigests = Callable[[np.ndarray, np.ndarray], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,17 @@ class ReadRequest:
         generations: (n,) uint64 generations that were announced for them.
         local: where they go.
         local_pages: (n,) int64 page numbers there, without repeats.
+        digest: (n,) bool: pages to digest in the course of the read, for a connection that `digests`; None: no page.
+        on_digests: called from the reading thread with their indices (into the request), and (n,) V16 digests, once
+            they have arrived and passed their checks.
     """
 
     pages: np.ndarray
     generations: np.ndarray
     local: PagedMemory
     local_pages: np.ndarray
+    digest: np.ndarray | None = None
+    on_digests: OnDigests | None = None
 
 
 class Connection(ABC):
@@ -68,6 +76,12 @@ class Connection(ABC):
     """How the bytes really travel, for reports."""
     immediate: bool = False
     """A read copies memory and waits for nobody, so that an event loop may do a small one itself."""
+    fills: frozenset[str] = frozenset({"host"})
+    """Kinds of local memory that it can read into."""
+    digest: str = "xxh3_128"
+    """Algorithm of the digests in the region's records."""
+    digests: bool = False
+    """It digests pages in the course of the read (see `ReadRequest.digest`), which is cheaper than afterwards."""
 
     @abstractmethod
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
@@ -113,6 +127,11 @@ class Transport(ABC):
             TransportUnavailableError: this backend does not reach that owner from here; the message says why.
             PeerGoneError: the owner's incarnation is over.
         """
+
+    def require_memory(self, owner: OwnerInfo, kind: str) -> None:
+        """Raise `TransportUnavailableError` unless this backend moves that kind of memory."""
+        if kind not in self.capabilities.memory:
+            raise TransportUnavailableError(f"does not read {kind} memory", scheme=self.scheme, peer=str(owner))
 
     @abstractmethod
     def close(self) -> None:

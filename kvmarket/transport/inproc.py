@@ -53,6 +53,7 @@ class InprocTransport(Transport):
         region = local_regions.get(owner.incarnation, descriptor.region_id)
         if region is None:
             raise TransportUnavailableError("the owner is another process", scheme=self.scheme, peer=str(owner))
+        self.require_memory(owner, region.pages.kind)
         if region.generations.probe != descriptor.probe:
             raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
         return MappedConnection(self.scheme, "memcpy", region.pages, region.generations.values)

@@ -79,6 +79,11 @@ class TransportSelector:
         return found
 
     @property
+    def transports(self) -> tuple[Transport, ...]:
+        """The backends in order of preference."""
+        return self._transports
+
+    @property
     def schemes(self) -> tuple[str, ...]:
         """The transports in order of preference."""
         return tuple(transport.scheme for transport in self._transports)

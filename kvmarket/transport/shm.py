@@ -31,6 +31,7 @@ class ShmTransport(Transport):
         self._boot_id, self._pid_namespace = boot_id, pid_namespace
 
     def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        self.require_memory(owner, descriptor.kind)
         if owner.boot_id != self._boot_id:
             self._refuse(owner, f"{owner.host} is another host")
         if owner.pid_namespace != self._pid_namespace:

@@ -117,8 +117,8 @@ class UcxTransport(ServingTransport):
             return self._server.endpoints
 
     def lend(self, region: LentRegion) -> None:
-        """Serve a region; `serve` must have been called."""
-        if self._server is not None:
+        """Serve a region of host memory; `serve` must have been called."""
+        if self._server is not None and region.pages.kind in self.capabilities.memory:
             self._server.add(region)
 
     def stop_serving(self) -> None:
@@ -129,6 +129,7 @@ class UcxTransport(ServingTransport):
     # ---- reader
 
     def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        self.require_memory(owner, descriptor.kind)
         endpoints = descriptor.endpoints.get(self.scheme, ())
         if not endpoints:
             why = "the owner does not listen for UCX; it needs KVMARKET_TRANSPORT=ucx and the extra 'ucx'"

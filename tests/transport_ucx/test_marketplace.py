@@ -117,7 +117,11 @@ def test_ucx_without_ucxx_names_the_extra(monkeypatch):
     monkeypatch.setattr(reach.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"kvmarket\[ucx\]"):
         reach.make_transports(MarketConfig(transport="ucx"), {})
-    assert [transport.scheme for transport in reach.make_transports(MarketConfig(), {})] == ["inproc", "shm"]
+    assert [transport.scheme for transport in reach.make_transports(MarketConfig(), {})] == [
+        "inproc",
+        "shm",
+        "cuda_ipc",
+    ]
 
 
 def test_importing_kvmarket_loads_no_ucx():

@@ -1,0 +1,105 @@
+"""Registry keys of prompts, remembered, so that prompts that begin alike are hashed once.
+
+A prompt is usually looked up more than once: matched, fetched, published, and then again with what was said since.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvmarket.hashing import hash_blocks
+from kvmarket.registry.records import block_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+PROMPTS_MAX = 8
+TOKENS_MAX = 1 << 17
+"""What goes beyond in a prompt is not remembered: 8 such prompts take some 12 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt: its tokens, (n,) uint32, and the hashes and keys of its full blocks."""
+
+    tokens: np.ndarray
+    hashes: list[bytes]
+    keys: list[bytes]
+
+
+class PrefixKeys:
+    """Keys of the blocks of prompts in one namespace. Thread-safe.
+
+    Args:
+        root: the namespace's digest.
+        block_size: tokens per block.
+        algorithm: of the block hashes.
+    """
+
+    def __init__(self, root: bytes, block_size: int, algorithm: str) -> None:
+        self._root, self._block_size, self._algorithm = root, block_size, algorithm
+        self._lock = threading.Lock()
+        self._prompts: list[_Prompt] = []
+
+    def of(self, tokens: np.ndarray, extra_keys: Sequence[bytes] | None = None) -> list[bytes]:
+        """Return the key of every full block of `tokens`. Errors as `kvmarket.hashing.hash_blocks`.
+
+        Args:
+            tokens: (n,) uint32, as `kvmarket.hashing.token_array` returns them.
+            extra_keys: see `hash_blocks`; prompts with such are not remembered.
+        """
+        size, algorithm = self._block_size, self._algorithm
+        if extra_keys is not None:
+            return block_keys(hash_blocks(tokens, size, root=self._root, algorithm=algorithm, extra_keys=extra_keys))
+        if len(tokens) < size:
+            return []
+        known, shared = self._longest(tokens)
+        if known is not None and shared == len(tokens) // size:
+            return known.keys[:shared]
+        hashes = known.hashes[:shared] if known is not None else []
+        parent = hashes[-1] if hashes else self._root
+        hashes += hash_blocks(tokens[shared * size :], size, root=parent, algorithm=algorithm)
+        keys = known.keys[:shared] if known is not None else []
+        keys += block_keys(hashes, shared)
+        self._remember(tokens, hashes, keys)
+        return keys
+
+    def _longest(self, tokens: np.ndarray) -> tuple[_Prompt | None, int]:
+        """Return the remembered prompt that has the most leading blocks in common with `tokens`, and how many."""
+        with self._lock:
+            prompts = tuple(self._prompts)
+        best: tuple[_Prompt | None, int] = (None, 0)
+        for prompt in reversed(prompts):
+            blocks = _common(prompt.tokens, tokens) // self._block_size
+            if blocks > best[1]:
+                best = prompt, blocks
+            if blocks == len(tokens) // self._block_size:
+                break
+        return best
+
+    def _remember(self, tokens: np.ndarray, hashes: list[bytes], keys: list[bytes]) -> None:
+        blocks = min(len(hashes), TOKENS_MAX // self._block_size)
+        if not blocks:
+            return
+        prompt = _Prompt(tokens[: blocks * self._block_size].copy(), hashes[:blocks], keys[:blocks])
+        with self._lock:
+            longer = [known for known in self._prompts if not _begins(prompt.tokens, known.tokens)]
+            self._prompts = [*longer, prompt][-PROMPTS_MAX:]
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many leading elements two arrays have in common."""
+    count = min(len(a), len(b))
+    if not count or a[0] != b[0]:
+        return 0
+    differ = a[:count] != b[:count]
+    first = int(differ.argmax())
+    return first if differ[first] else count
+
+
+def _begins(tokens: np.ndarray, prefix: np.ndarray) -> bool:
+    return _common(tokens, prefix) == len(prefix)

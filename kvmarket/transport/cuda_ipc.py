@@ -1,0 +1,337 @@
+"""Between processes of one host, GPU to GPU: map the owner's allocations, copy all layers of many pages in one launch.
+
+The generations stay in host memory. They are checked before a copy is launched and again after it has ended: the owner
+makes a page readable only behind the kernels that filled it, and unreadable before it launches one that overwrites it,
+so whatever a copy may have met of an overwriting kernel shows in the second check.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmarket.errors import MissingExtraError, PeerGoneError, TransportUnavailableError
+from kvmarket.region.cuda import CudaAddress, CudaApi, CudaPagedMemory
+from kvmarket.region.generations import PeerGenerations, memory_fence, readable
+from kvmarket.report import MissReason, TransferReport
+from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, Transport
+from kvmarket.transport.inproc import local_regions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvmarket.deadline import Deadline
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.cuda import CudaTransfer
+    from kvmarket.region.descriptor import RegionDescriptor
+
+GROUPS = 4
+"""A read of more than `GROUP_BYTES_MIN` goes in this many launches, so that checks and digests overlap with copying."""
+GROUP_BYTES_MIN, GROUP_BYTES_MAX = 8 << 20, 256 << 20
+IN_FLIGHT = 2
+"""Launches under way in one read: the card goes on while the host checks."""
+
+
+@dataclass(eq=False)
+class _Allocation:
+    """A peer's mapped allocation. Shared by all connections that read from it, and unmapped with the last of them."""
+
+    array: Any
+
+
+class PeerAllocations:
+    """Mappings of peers' allocations, each opened once per card. Thread-safe.
+
+    Attributes:
+        api: the CUDA that opens them.
+    """
+
+    def __init__(self, api: CudaApi) -> None:
+        self.api = api
+        self._lock = threading.Lock()
+        self._open: weakref.WeakValueDictionary[tuple[bytes, int, bytes, int], _Allocation] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def get(self, incarnation: bytes, address: CudaAddress, device: int) -> _Allocation:
+        """Return an allocation of that incarnation, mapped for card `device`. Errors as `CudaApi.open`."""
+        key = (incarnation, address.buffer_id, address.handle, device)
+        with self._lock:
+            found = self._open.get(key)
+            if found is None:
+                self._open[key] = found = _Allocation(self.api.open(address, device))
+            return found
+
+
+class CudaIpcTransport(Transport):
+    """One-sided reads of CUDA memory, by kernels of the reader's card.
+
+    Args:
+        boot_id: identity of the kernel that this process runs on, to tell which owners are within reach.
+        pid_namespace: this process's, for the same.
+        load: returns the CUDA to use; called at the first connection to CUDA memory.
+    """
+
+    scheme = "cuda_ipc"
+    capabilities = Capabilities(one_sided=True, memory=frozenset({"cuda"}), cross_process=True, cross_host=False)
+
+    def __init__(self, boot_id: str, pid_namespace: int, load: Callable[[], CudaApi]) -> None:
+        self._boot_id, self._pid_namespace, self._load = boot_id, pid_namespace, load
+        self._lock = threading.Lock()
+        self._allocations: PeerAllocations | None = None
+
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+        self.require_memory(owner, descriptor.kind)
+        region = local_regions.get(owner.incarnation, descriptor.region_id)
+        if region is not None:  # one's own handles cannot be opened, and need not be
+            if region.generations.probe != descriptor.probe:
+                raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
+            pages = region.pages
+            if not isinstance(pages, CudaPagedMemory):
+                raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
+            return CudaIpcConnection("kernel(same process)", region.generations.values, descriptor.digest, pages)
+        if owner.boot_id != self._boot_id:
+            self._refuse(owner, f"{owner.host} is another host")
+        if owner.pid_namespace != self._pid_namespace:
+            self._refuse(owner, "the owner runs in another PID namespace; let both containers share one (--pid)")
+        if not descriptor.cuda:
+            self._refuse(owner, "the owner's memory is private: it was lent without an export of CUDA memory")
+        generations = PeerGenerations(
+            descriptor.generations, owner.incarnation, descriptor.layout.num_pages, descriptor.probe
+        )
+        peer = _PeerMemory(self._opened(owner), owner, descriptor)
+        peer.pages(peer.device)  # maps and proves it
+        return CudaIpcConnection("kernel(cuda_ipc)", generations.values, descriptor.digest, None, peer)
+
+    def _opened(self, owner: OwnerInfo) -> PeerAllocations:
+        with self._lock:
+            if self._allocations is None:
+                try:
+                    self._allocations = PeerAllocations(self._load())
+                except MissingExtraError as error:
+                    raise TransportUnavailableError(str(error), scheme=self.scheme, peer=str(owner)) from error
+            return self._allocations
+
+    def _refuse(self, owner: OwnerInfo, why: str) -> None:
+        raise TransportUnavailableError(why, scheme=self.scheme, peer=str(owner))
+
+    def close(self) -> None:
+        """Mappings go with their connections."""
+
+
+class _PeerMemory:
+    """A peer's region as cards of this process see it: one view per card that reads, made on demand. Thread-safe."""
+
+    def __init__(self, allocations: PeerAllocations, owner: OwnerInfo, descriptor: RegionDescriptor) -> None:
+        self._allocations, self._owner, self._descriptor = allocations, owner, descriptor
+        self._api = api = allocations.api
+        device = api.ordinal(descriptor.cuda[0].device)
+        if device is None:
+            raise self._refusal("this process does not see the owner's card; let CUDA_VISIBLE_DEVICES name it, too")
+        self.device = device
+        self._lock = threading.Lock()
+        self._views: dict[int, CudaPagedMemory] = {}
+        self._kept: list[_Allocation] = []
+
+    def pages(self, device: int) -> CudaPagedMemory:
+        """Return the region, mapped for card `device` and proven by reading the owner's probe through the mapping.
+
+        Raises:
+            TransportUnavailableError: that card cannot read it.
+            PeerGoneError: what is there is not what was announced.
+        """
+        with self._lock:
+            if device not in self._views:
+                self._views[device] = self._map(device)
+            return self._views[device]
+
+    def _map(self, device: int) -> CudaPagedMemory:
+        if not self._api.peer_access(device, self.device):
+            raise self._refusal(f"cards {device} and {self.device} have no peer access to each other")
+        probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
+        if self._api.download(probe) != self._descriptor.probe:
+            raise PeerGoneError("the probe read other bytes than the owner announced", scheme="cuda_ipc")
+        return CudaPagedMemory(self._descriptor.layout, tuple(memories), self._api)
+
+    def _view(self, address: CudaAddress, device: int) -> Any:
+        allocation = self._allocations.get(self._owner.incarnation, address, device)
+        self._kept.append(allocation)
+        return allocation.array[address.offset : address.offset + address.nbytes]
+
+    def _refusal(self, why: str) -> TransportUnavailableError:
+        return TransportUnavailableError(why, scheme="cuda_ipc", peer=str(self._owner))
+
+
+class CudaIpcConnection(Connection):
+    """One region. Reads into pages of any card that reaches it.
+
+    Args:
+        path: how the bytes travel, for reports.
+        generations: the owner's table.
+        digest: the algorithm of the owner's digests.
+        pages: the region, when it is this process's own.
+        peer: the region, when it is another process's.
+    """
+
+    scheme = "cuda_ipc"
+    fills = frozenset({"cuda"})
+    digests = True
+
+    def __init__(
+        self,
+        path: str,
+        generations: np.ndarray,
+        digest: str,
+        pages: CudaPagedMemory | None,
+        peer: _PeerMemory | None = None,
+    ) -> None:
+        self.path, self.digest = path, digest
+        self._generations, self._pages, self._peer = generations, pages, peer
+
+    def fresh(self, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
+        """Look at the generation table."""
+        return readable(self._generations, pages, generations)
+
+    def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
+        began = time.perf_counter()
+        local = request.local
+        if not isinstance(local, CudaPagedMemory):
+            raise TransportUnavailableError("the target must be CUDA memory", scheme=self.scheme)
+        reading = _Reading(request, local, self._source(local.device), self._generations)
+        total, group = len(request.pages), _pages_per_group(len(request.pages), local.layout.page_bytes)
+        started = valid = 0
+        try:
+            while reading.in_flight or started < total:
+                while (
+                    started < total and len(reading.in_flight) < IN_FLIGHT and not (reading.refused or deadline.expired)
+                ):
+                    reading.begin(started, min(started + group, total))
+                    started += group
+                if not reading.in_flight:
+                    break
+                arrived = reading.finish()
+                valid += len(arrived)
+                if on_group is not None and len(arrived):
+                    on_group(arrived)
+        finally:
+            reading.drain()
+        refused = reading.refused
+        if started < total:
+            ended = refused[min(refused)] if refused else MissReason.DEADLINE
+            refused |= dict.fromkeys(range(started, total), ended)
+        nbytes, seconds = valid * local.layout.page_bytes, time.perf_counter() - began
+        return TransferReport(self.scheme, self.path, valid, nbytes, seconds, reading.copy_seconds, refused)
+
+    def _source(self, device: int) -> CudaPagedMemory:
+        if self._pages is not None:
+            if not self._pages.api.peer_access(device, self._pages.device):
+                why = f"cards {device} and {self._pages.device} have no peer access to each other"
+                raise TransportUnavailableError(why, scheme=self.scheme)
+            return self._pages
+        if self._peer is None:
+            raise PeerGoneError("the connection is closed", scheme=self.scheme)
+        return self._peer.pages(device)
+
+    def close(self) -> None:
+        """Mappings go with the last array that refers to them."""
+        self._pages = self._peer = None
+
+
+class _Reading:
+    """The launches of one read, in order."""
+
+    def __init__(
+        self, request: ReadRequest, local: CudaPagedMemory, source: CudaPagedMemory, generations: np.ndarray
+    ) -> None:
+        self._request, self._local, self._source, self._generations = request, local, source, generations
+        self.in_flight: deque[tuple[np.ndarray, CudaTransfer | None]] = deque()
+        self.refused: dict[int, MissReason] = {}
+        self.copy_seconds = 0.0
+        self._since = 0.0
+        self._fresh = readable(generations, request.pages, request.generations)
+        self._all_fresh = bool(self._fresh.all())
+        memory_fence()  # the bytes are read after the generations
+
+    def begin(self, start: int, end: int) -> None:
+        """Launch the copy of the readable pages of a group."""
+        request, indices = self._request, np.arange(start, end)
+        chosen: slice | np.ndarray = slice(start, end)
+        if not self._all_fresh:
+            stale = indices[~self._fresh[start:end]]
+            self.refused.update(dict.fromkeys(stale.tolist(), MissReason.STALE_GENERATION))
+            indices = chosen = indices[self._fresh[start:end]]
+        if not self.in_flight:
+            self._since = time.perf_counter()
+        transfer = None
+        if len(indices):
+            digest = None if request.digest is None else request.digest[chosen]
+            transfer = self._local.api.copy(
+                self._source, request.pages[chosen], self._local, request.local_pages[chosen], digest
+            )
+        self.in_flight.append((indices, transfer))
+
+    def finish(self) -> np.ndarray:
+        """Wait for the oldest group; return the indices of its pages that are valid."""
+        indices, transfer = self.in_flight[0]
+        if transfer is not None:
+            transfer.wait()
+        self.in_flight.popleft()
+        now = time.perf_counter()
+        self.copy_seconds, self._since = self.copy_seconds + now - self._since, now
+        memory_fence()  # and the generations again after the bytes
+        request = self._request
+        whole = self._generations[request.pages[indices]] == request.generations[indices]
+        all_whole = bool(whole.all())
+        if not all_whole:
+            self.refused.update(dict.fromkeys(indices[~whole].tolist(), MissReason.TORN))
+        if transfer is not None and len(transfer.digests) and request.digest is not None and request.on_digests:
+            digested = request.digest[indices]
+            found, digests = indices[digested], transfer.digests
+            if not all_whole:
+                found, digests = found[whole[digested]], digests[whole[digested]]
+            request.on_digests(found, digests)
+        return indices if all_whole else indices[whole]
+
+    def drain(self) -> None:
+        """Wait for what was launched, without looking at it."""
+        while self.in_flight:
+            _, transfer = self.in_flight.popleft()
+            if transfer is not None:
+                transfer.wait()
+
+
+def _pages_per_group(pages: int, page_bytes: int) -> int:
+    nbytes = min(max(-(-pages * page_bytes // GROUPS), GROUP_BYTES_MIN), GROUP_BYTES_MAX)
+    return max(1, nbytes // page_bytes)
+
+
+class CudaExports:
+    """The addresses by which peers reach lent CUDA memory, and the probe that they read first.
+
+    Args:
+        pages: the memory.
+
+    Raises:
+        RegistrationError: an allocation cannot be exported; the message says what to change.
+    """
+
+    def __init__(self, pages: CudaPagedMemory) -> None:
+        self._api, self._device = pages.api, pages.device
+        self._memories = tuple(self._api.export(memory) for memory in pages.memories)
+        self._probe: Any = None
+
+    def addresses(self, probe: bytes) -> Sequence[CudaAddress]:
+        """Put `probe` into CUDA memory of its own; return its address and those of the lent memories."""
+        self._probe = self._api.allocate(len(probe), self._device)
+        self._api.upload(probe, self._probe)
+        return (self._api.export(self._probe), *self._memories)
+
+    def close(self) -> None:
+        """Give the probe's memory back."""
+        self._probe = None

@@ -1,0 +1,278 @@
+"""The kernels of the CUDA transport, and the tables that tell them what to do.
+
+Copies move any number of pages between any two layouts in one launch. `copy_wide` is for pages made of whole slices of
+`WIDE_BYTES`, 16-byte aligned on both sides, as engines have them: a block of threads takes one slice of one page.
+`copy_any` is for everything else: a warp takes one slice. `copy_wide_sum` is `copy_wide` that adds up the digests
+(`kvmarket.digest.sum128`) of what it has just loaded, without a second pass. `sum_pages` digests pages in
+place, and `finish_sums` brings digests home.
+
+Neighbouring blocks take the same slice of different pages, which reads faster than slice after slice of one page.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmarket.digest import GOLDEN, MIX_1, MIX_2, WEIGHT, WORD_BYTES
+from kvmarket.region.pages import copy_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmarket.region.pages import PageLayout, Segment
+
+WARP = 32
+VECTOR_BYTES = 16
+BLOCK_THREADS = 256
+WIDE_VECTORS = 2
+WIDE_BYTES = BLOCK_THREADS * VECTOR_BYTES * WIDE_VECTORS
+"""Each thread of a block has `WIDE_VECTORS` loads of 16 bytes in flight before it stores."""
+SLICE_BYTES = 4096
+"""What a warp takes at most."""
+
+_ADDRESSES = ("source", "target", "source_stride", "target_stride")
+SLICE = np.dtype(
+    [*((name, "u8") for name in _ADDRESSES), ("nbytes", "u4"), ("width", "u4"), ("word", "u4"), ("unused", "u4")]
+)
+"""A row of the copy table: addresses of the slice in page 0, bytes from page to page, widest access in bytes, and the
+number in its page of the first 8-byte word."""
+SPAN = np.dtype([("base", "u8"), ("stride", "u8"), ("word", "u4"), ("words", "u4")])
+"""A row of the digest table: where the words of a span are in page 0, and the number of the first one in its page."""
+
+SOURCE = f"""
+struct Slice {{
+    unsigned long long source, target, source_stride, target_stride;
+    unsigned int nbytes, width, word, unused;
+}};
+
+__device__ __forceinline__ unsigned long long mix(unsigned long long x) {{
+    x = (x ^ x >> 33) * {MIX_1}ull;
+    x = (x ^ x >> 33) * {MIX_2}ull;
+    return x ^ x >> 33;
+}}
+
+// See kvmarket.digest.sum128: adds one word of a page to its sums.
+__device__ __forceinline__ void add_word(
+        unsigned long long word, unsigned long long index, unsigned long long& a, unsigned long long& b) {{
+    const unsigned long long mixed = mix(word ^ (index + 1ull) * {GOLDEN}ull);
+    a += mixed;
+    b += mixed * (index * {WEIGHT}ull | 1ull);
+}}
+
+// Lane 0 gets the sums of its warp.
+__device__ __forceinline__ void add_up_warp(unsigned long long& a, unsigned long long& b) {{
+    #pragma unroll
+    for (int step = {WARP} / 2; step; step >>= 1) {{
+        a += __shfl_down_sync(~0u, a, step);
+        b += __shfl_down_sync(~0u, b, step);
+    }}
+}}
+
+template <typename T>
+__device__ __forceinline__ void copy_all(const char* from, char* to, unsigned int nbytes, unsigned int lane) {{
+    const unsigned int count = nbytes / sizeof(T);
+    #pragma unroll 8
+    for (unsigned int i = lane; i < count; i += {WARP}u)
+        reinterpret_cast<T*>(to)[i] = __ldcg(reinterpret_cast<const T*>(from) + i);
+}}
+
+// Loads go past the first-level cache (ldcg): the owner may be writing, and only the second level is shared with it.
+template <bool with_sums>
+__device__ __forceinline__ void copy_slice(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned long long* __restrict__ sums) {{
+    const unsigned int row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
+    const Slice slice = slices[row];
+    const ulonglong2 page = pages[number];
+    const uint4* source = reinterpret_cast<const uint4*>(slice.source + page.x * slice.source_stride) + threadIdx.x;
+    uint4* target = reinterpret_cast<uint4*>(slice.target + page.y * slice.target_stride) + threadIdx.x;
+    uint4 held[{WIDE_VECTORS}];
+    #pragma unroll
+    for (int i = 0; i < {WIDE_VECTORS}; ++i) held[i] = __ldcg(source + i * {BLOCK_THREADS});
+    #pragma unroll
+    for (int i = 0; i < {WIDE_VECTORS}; ++i) target[i * {BLOCK_THREADS}] = held[i];
+    if (!with_sums) return;
+    unsigned long long a = 0, b = 0;
+    #pragma unroll
+    for (int i = 0; i < {WIDE_VECTORS}; ++i) {{
+        const unsigned long long index = slice.word + 2u * (threadIdx.x + i * {BLOCK_THREADS}u);
+        add_word(held[i].x | static_cast<unsigned long long>(held[i].y) << 32, index, a, b);
+        add_word(held[i].z | static_cast<unsigned long long>(held[i].w) << 32, index + 1u, a, b);
+    }}
+    add_up_warp(a, b);
+    __shared__ unsigned long long of_warps[2][{BLOCK_THREADS} / {WARP}];
+    if (threadIdx.x % {WARP}u == 0) {{
+        of_warps[0][threadIdx.x / {WARP}u] = a;
+        of_warps[1][threadIdx.x / {WARP}u] = b;
+    }}
+    __syncthreads();
+    if (threadIdx.x < 2) {{
+        unsigned long long sum = 0;
+        #pragma unroll
+        for (int i = 0; i < {BLOCK_THREADS} / {WARP}; ++i) sum += of_warps[threadIdx.x][i];
+        atomicAdd(sums + 2 * number + threadIdx.x, sum);
+    }}
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups) {{
+    copy_slice<false>(slices, num_pages, pages, nullptr);
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide_sum(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups, unsigned long long* __restrict__ sums) {{
+    copy_slice<true>(slices, num_pages, pages, sums);
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_any(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        unsigned int num_groups) {{
+    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) / {WARP}u, lane = threadIdx.x % {WARP}u;
+    if (warp >= num_groups) return;
+    const unsigned int row = warp / num_pages;
+    const Slice slice = slices[row];
+    const ulonglong2 page = pages[warp - row * num_pages];
+    const char* from = reinterpret_cast<const char*>(slice.source + page.x * slice.source_stride);
+    char* to = reinterpret_cast<char*>(slice.target + page.y * slice.target_stride);
+    if (slice.width == 16u) copy_all<uint4>(from, to, slice.nbytes, lane);
+    else if (slice.width == 4u) copy_all<unsigned int>(from, to, slice.nbytes, lane);
+    else copy_all<char>(from, to, slice.nbytes, lane);
+}}
+
+struct Span {{
+    unsigned long long base, stride;
+    unsigned int word, words;
+}};
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
+        const Span* __restrict__ spans, unsigned int num_pages, const unsigned long long* __restrict__ pages,
+        unsigned int num_groups, unsigned long long* __restrict__ sums) {{
+    const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) / {WARP}u, lane = threadIdx.x % {WARP}u;
+    if (warp >= num_groups) return;
+    const unsigned int row = warp / num_pages, number = warp - row * num_pages;
+    const Span span = spans[row];
+    const unsigned long long* words =
+        reinterpret_cast<const unsigned long long*>(span.base + pages[number] * span.stride);
+    unsigned long long a = 0, b = 0;
+    #pragma unroll 8
+    for (unsigned int i = lane; i < span.words; i += {WARP}u) {{
+        add_word(__ldcg(words + i), span.word + i, a, b);
+    }}
+    add_up_warp(a, b);
+    if (lane == 0) {{
+        atomicAdd(sums + 2 * number, a);
+        atomicAdd(sums + 2 * number + 1, b);
+    }}
+}}
+
+// Makes digests of sums, in memory of the host, and the sums zero for the next launch.
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) finish_sums(
+        ulonglong2* __restrict__ sums, unsigned int num_pages, unsigned long long page_bytes,
+        ulonglong2* __restrict__ digests) {{
+    const unsigned int page = blockIdx.x * {BLOCK_THREADS}u + threadIdx.x;
+    if (page >= num_pages) return;
+    const ulonglong2 sum = sums[page];
+    const unsigned long long first = mix(sum.x ^ page_bytes);
+    digests[page] = make_ulonglong2(first, mix(sum.y + first));
+    sums[page] = make_ulonglong2(0, 0);
+}}
+"""
+
+
+def alignment(bases: Sequence[int]) -> int:
+    """Return the widest access, 16, 8, 4 or 1 bytes, that suits every address."""
+    return next(width for width in (16, 8, 4, 1) if not any(base % width for base in bases))
+
+
+def copy_table(
+    source: PageLayout, source_bases: Sequence[int], target: PageLayout, target_bases: Sequence[int]
+) -> tuple[np.ndarray, bool]:
+    """Cut the copy of one page into slices.
+
+    Args:
+        source: layout of the pages to read.
+        source_bases: address of each of its memories.
+        target: layout of the pages to write; page size as `source`.
+        target_bases: address of each of its memories.
+
+    Returns:
+        (slices,) of `SLICE`, and whether they are for `copy_wide`.
+    """
+    relative, source_memory, target_memory = _slices(source, target, alignment((*source_bases, *target_bases)))
+    table = relative.copy()
+    table["source"] += np.array(source_bases, np.uint64)[source_memory]
+    table["target"] += np.array(target_bases, np.uint64)[target_memory]
+    return table, bool((table["nbytes"] == WIDE_BYTES).all())
+
+
+@lru_cache(maxsize=64)
+def _slices(source: PageLayout, target: PageLayout, aligned: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the table for memories at address 0, and the memory numbers of each slice, source and target."""
+    pieces = copy_plan(source, target)
+    widths = [_width(a, b, aligned) for a, b in pieces]
+    wide = all(w == VECTOR_BYTES and a.nbytes % WIDE_BYTES == 0 for (a, _), w in zip(pieces, widths, strict=True))
+    rows: list[tuple[int, int, int, int, int, int, int, int]] = []
+    memories: list[tuple[int, int]] = []
+    position = 0
+    for (a, b), width in zip(pieces, widths, strict=True):
+        for at, nbytes in _cuts(a.nbytes, width, WIDE_BYTES if wide else SLICE_BYTES):
+            # what is left of a piece after whole vectors is narrower than a vector
+            narrowed = width if nbytes % width == 0 else 1
+            word = (position + at) // WORD_BYTES
+            rows.append((a.offset + at, b.offset + at, a.stride, b.stride, nbytes, narrowed, word, 0))
+            memories.append((a.memory, b.memory))
+        position += a.nbytes
+    source_memory, target_memory = np.array(memories).T
+    return np.array(rows, SLICE), source_memory, target_memory
+
+
+def _width(source: Segment, target: Segment, aligned: int) -> int:
+    steps = (aligned, source.offset, target.offset, source.stride, target.stride)
+    return next(width for width in (VECTOR_BYTES, 4, 1) if not any(step % width for step in steps))
+
+
+def _cuts(nbytes: int, width: int, most: int) -> list[tuple[int, int]]:
+    """Cut a piece into (offset, length) of at most `most` bytes, multiples of `width` but for a short last one."""
+    whole = nbytes - nbytes % width
+    cuts = [(at, min(most, whole - at)) for at in range(0, whole, most)]
+    return cuts if whole == nbytes else [*cuts, (whole, nbytes - whole)]
+
+
+def digest_table(layout: PageLayout, bases: Sequence[int]) -> np.ndarray | None:
+    """Cut the digest of one page into spans of at most `SLICE_BYTES`.
+
+    Returns:
+        (spans,) of `SPAN`, or None when some word of a page is not an aligned 8-byte word of one segment: such pages
+        are copied to a packed place first.
+    """
+    if alignment(bases) < WORD_BYTES:
+        return None
+    found = _spans(layout)
+    if found is None:
+        return None
+    relative, memory = found
+    table = relative.copy()
+    table["base"] += np.array(bases, np.uint64)[memory]
+    return table
+
+
+@lru_cache(maxsize=64)
+def _spans(layout: PageLayout) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the table for memories at address 0, and the memory number of each span."""
+    rows: list[tuple[int, int, int, int]] = []
+    memories: list[int] = []
+    position = 0
+    for segment in layout.segments:
+        if any(x % WORD_BYTES for x in (segment.offset, segment.stride, segment.nbytes)):
+            return None
+        for at in range(0, segment.nbytes, SLICE_BYTES):
+            words = min(SLICE_BYTES, segment.nbytes - at) // WORD_BYTES
+            rows.append((segment.offset + at, segment.stride, (position + at) // WORD_BYTES, words))
+            memories.append(segment.memory)
+        position += segment.nbytes
+    return np.array(rows, SPAN), np.array(memories)

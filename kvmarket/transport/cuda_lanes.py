@@ -1,0 +1,136 @@
+"""Streams of our own, each with what one launch needs, and waiting for what was launched there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmarket.digest import DIGEST_BYTES
+from kvmarket.errors import InvalidInputError, TransferError
+from kvmarket.region.cuda import NO_DIGESTS, CudaTransfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvmarket.region.cuda import CudaPagedMemory
+
+SPIN_S = 0.002
+"""A wait polls this long without sleeping."""
+POLL_S = 0.0002
+PINNED_BYTES_MAX = 256
+"""Page lists of up to this size are read by the card over the bus: 16 pages."""
+STUCK_S = 30.0
+"""A copy that takes longer is taken for a card that hangs."""
+SCHEME = "cuda_ipc"
+
+
+@contextlib.contextmanager
+def current_device(runtime: Any, device: int) -> Iterator[None]:
+    """Make `device` current for this thread: for the runtime, and thereby its context for the driver."""
+    before = runtime.getDevice()
+    runtime.setDevice(device)
+    try:
+        yield
+    finally:
+        if before != device:
+            runtime.setDevice(before)
+
+
+class Lane:
+    """A stream with what one launch needs: an event, page lists in pinned and in device memory, digests.
+
+    Attributes:
+        digests: (pages,) V16 in pinned memory: those of the last launch once the event has passed.
+    """
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.event = cupy.cuda.Event(block=False, disable_timing=True)
+        self.host: np.ndarray = np.empty(0, np.uint8)
+        self._device: Any = None
+        self._sums: Any = None
+        self.digests: np.ndarray = NO_DIGESTS
+
+    def load(self, data: np.ndarray) -> int:
+        """Put an array where kernels of this lane find it, without waiting; return its address there.
+
+        A short one stays in pinned memory of the host, which the card reads itself: that is sooner done than a copy.
+        """
+        nbytes = data.nbytes
+        if nbytes > len(self.host):
+            size = max(16 << 10, 1 << (nbytes - 1).bit_length())
+            self.host = self._pinned(size)
+            self._device = self._cupy.cuda.Memory(size)
+        self.host[:nbytes] = data.reshape(-1).view(np.uint8)
+        here = int(self.host.ctypes.data)
+        if nbytes <= PINNED_BYTES_MAX:
+            return here
+        there = int(self._device.ptr)
+        self._runtime.memcpyAsync(there, here, nbytes, self._runtime.memcpyHostToDevice, self.stream.ptr)
+        return there
+
+    def summing(self, pages: int) -> tuple[int, int]:
+        """Return the addresses of (pages, 2) sums, zero when the stream has come this far, and of their digests.
+
+        Whoever adds to the sums has them made zero again on this stream.
+        """
+        if pages > len(self.digests):
+            count = max(64, 1 << (pages - 1).bit_length())
+            self.digests = self._pinned(count * DIGEST_BYTES).view(NO_DIGESTS.dtype)
+            self._sums = self._cupy.cuda.Memory(count * DIGEST_BYTES)
+            self._runtime.memsetAsync(self._sums.ptr, 0, count * DIGEST_BYTES, self.stream.ptr)
+        return int(self._sums.ptr), int(self.digests.ctypes.data)
+
+    def _pinned(self, nbytes: int) -> np.ndarray:
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+    def wait(self) -> None:
+        """Return when everything on the stream up to the event is done; errors as `CudaTransfer.wait`."""
+        began = time.monotonic()
+        try:
+            while not self.event.done:
+                spent = time.monotonic() - began
+                if spent > STUCK_S:
+                    raise TransferError(f"the card did not finish within {STUCK_S:.0f} s", scheme=SCHEME)
+                if spent < SPIN_S:
+                    os.sched_yield()  # a sleep of 0 would take some 50 us
+                else:
+                    time.sleep(POLL_S)
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            raise TransferError(f"the card failed: {error}", scheme=SCHEME) from error
+
+
+class LaneTransfer(CudaTransfer):
+    """A launched copy. It keeps its memory alive, and its lane out of use, until it was waited for."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        idle: list[Lane],
+        memories: tuple[CudaPagedMemory, ...],
+        finish: Callable[[], np.ndarray] | None,
+    ) -> None:
+        self._lane: Lane | None = lane
+        self._idle, self._memories, self._finish = idle, memories, finish
+        self.digests = NO_DIGESTS
+
+    def wait(self) -> None:
+        if self._lane is not None:
+            self._lane.wait()
+            if self._finish is not None:
+                self.digests = self._finish()
+            self._idle.append(self._lane)
+            self._lane, self._memories, self._finish = None, (), None
+
+
+def event_handle(event: Any) -> int:
+    """Return the CUDA handle of an event of torch or cupy."""
+    handle = getattr(event, "cuda_event", None) or getattr(event, "ptr", None)
+    if not isinstance(handle, int):
+        raise InvalidInputError(f"expected a recorded CUDA event of torch or cupy, not {type(event).__name__}")
+    return handle
