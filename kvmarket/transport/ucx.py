@@ -44,8 +44,9 @@ logger = logging.getLogger(__name__)
 
 CONNECT_S = 1.0
 """For all addresses of an owner together; each has an equal share of what is left."""
-SILENT_S = 3.0
-"""An owner that did not answer is not asked again for so long: a host that is down would cost a fetch `CONNECT_S`."""
+SLOW_S, SILENT_S = 0.3, 3.0
+"""An owner that kept a reader waiting so long in vain is not asked again for so long: a host that is down would cost
+every fetch its wait."""
 PEERS_KEPT = 256
 PEER_BYTES_MAX = 32 << 20
 ALL_BYTES_MAX = 128 << 20
@@ -177,6 +178,7 @@ class UcxTransport(ServingTransport):
 
     def _open_peer(self, owner: OwnerInfo, endpoints: tuple[tuple[str, int], ...], deadline: Deadline) -> Peer:
         reasons: list[str] = []
+        began = time.monotonic()
         for number, (address, port) in enumerate(endpoints):
             if deadline.expired:
                 break
@@ -186,7 +188,6 @@ class UcxTransport(ServingTransport):
                 peer.ready.result(deadline.remaining_s / (len(endpoints) - number))
             except FutureTimeoutError:
                 reasons.append(f"{address}:{port} does not answer")
-                self._silent[owner.incarnation] = time.monotonic() + SILENT_S
                 self.driver.submit(partial(peer.close, "it did not answer"))
                 continue
             except (ConnectError, TransportUnavailableError) as error:
@@ -198,6 +199,8 @@ class UcxTransport(ServingTransport):
             self._silent.pop(owner.incarnation, None)
             logger.debug("kvmarket: UCX lanes to %s: %s", owner, lanes_text(peer.lanes))
             return peer
+        if time.monotonic() - began > SLOW_S:
+            self._silent[owner.incarnation] = time.monotonic() + SILENT_S
         why = "; ".join(reasons) or "no time was left to connect"
         raise TransportUnavailableError(why, scheme=self.scheme, peer=str(owner))
 
