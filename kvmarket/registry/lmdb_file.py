@@ -87,13 +87,15 @@ class RegistryFile:
     _active: int = 0
     _paused: bool = False
     _identity: tuple[int, int] = (0, 0)
+    _name: str = ""
 
     def __post_init__(self) -> None:
+        self._name = str(self.path)
         self._identity = self._on_disk()
 
     def _on_disk(self) -> tuple[int, int]:
         with translated(self.path):
-            info = self.path.stat()
+            info = os.stat(self._name)  # noqa: PTH116 - twice per fetch, and five times as fast
         return info.st_dev, info.st_ino
 
     def _require_in_place(self) -> None:
