@@ -63,6 +63,8 @@ class UcxTransport(ServingTransport):
         addresses: addresses to announce as an owner; default: this host's.
         one_sided: False makes every read two-sided.
         direct: False leaves one-sided reads over CMA lanes to UCX.
+        cma_readers: threads that share a large read over CMA lanes. More than one is safe, but where it was measured
+            (docs/BENCHMARKS.md) it took longer and cost more CPU: each part has its own looks at the generations.
     """
 
     scheme = "ucx"
@@ -76,10 +78,11 @@ class UcxTransport(ServingTransport):
         addresses: tuple[str, ...] = (),
         one_sided: bool = True,
         direct: bool = True,
+        cma_readers: int = 1,
     ) -> None:
         self.settings = ucx_settings(environ)
         self._require, self._addresses, self._one_sided = require, addresses, one_sided
-        self._direct = direct
+        self._direct, self.cma_readers = direct, cma_readers
         self._lock = threading.Lock()
         self._driver: UcxDriver | None = None
         self._server: UcxServer | None = None
@@ -251,10 +254,10 @@ class UcxConnection(Connection):
         self._way: _Way | None = None  # replaced as a whole, so that reads on other threads see one or the other
 
     def readers(self, local: PagedMemory) -> int:
-        """Two where the kernel copies, which it does for each thread that asks; UCX has one thread for everybody."""
+        """As the transport was told where the kernel copies for each thread that asks; UCX has one thread for all."""
         del local
         way = self._way
-        return 2 if way is not None and way.mapped is not None else 1
+        return self._transport.cma_readers if way is not None and way.mapped is not None else 1
 
     def reconnect(self, deadline: Deadline) -> _Way:
         """Return the live way to the region; connect and prove it first if needed.

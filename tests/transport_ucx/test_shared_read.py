@@ -40,7 +40,7 @@ class World:
         self.owner = PeerUcxOwner(peers.spawn())
         self.lent = self.owner.lend_pattern(PAGES, PAGE_BYTES)
         self.generations = self.owner.validate(0, list(range(PAGES)))
-        self.transport = UcxTransport({}, **options)
+        self.transport = UcxTransport({}, **{"cma_readers": 2, **options})
         self.connection = self.transport.connect(self.lent.owner, self.lent.descriptor)
         self.order = np.random.default_rng(3).permutation(PAGES)
         self.expected = np.stack([np.frombuffer(pattern_page(int(p), PAGE_BYTES), np.uint8) for p in self.order])
@@ -92,6 +92,7 @@ def together(monkeypatch):
 
 def test_only_the_kernels_copies_are_shared(world):
     assert world().connection.readers(None) == 2
+    assert world(cma_readers=1).connection.readers(None) == 1
     assert world(direct=False).connection.readers(None) == 1
     assert world(one_sided=False).connection.readers(None) == 1
 
