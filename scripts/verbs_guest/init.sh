@@ -28,6 +28,7 @@ go() {
     chroot /all /bin/sh /kvmarket-verbs/tests.sh
 }
 
+echo 'verbs-guest: booted'
 go
 echo "verbs-guest: status $?"
 poweroff -f

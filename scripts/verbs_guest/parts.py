@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 UCX_WHEEL = "nixl-cu12==1.5.1"
 """Its UCX has verbs, which those of ucxx's wheels have not; it is needed for nothing else here."""
@@ -18,7 +21,9 @@ ON_HOST = ("qemu-system-x86",)
 IN_GUEST = ("ibverbs-providers", "ibverbs-utils")
 ALWAYS = ("busybox-static", "iproute2")
 KERNEL = "linux-image-amd64"
-MODULES = "virtio_pci 9pnet_virtio 9p overlay dummy crc32_generic rdma_ucm ib_uverbs rdma_rxe".split()
+MODULES = (
+    "virtio_pci", "9pnet_virtio", "9p", "overlay", "dummy", "crc32_generic", "rdma_ucm", "ib_uverbs", "rdma_rxe",
+)  # fmt: skip
 """Loaded with those that they need."""
 COMMAND_S = 600.0
 
@@ -27,7 +32,7 @@ class MissingError(Exception):
     """The guest cannot be made or run here; the message names what is missing."""
 
 
-def run(*command: str | Path, cwd: Path | None = None, stdin: str | None = None) -> str:
+def run(*command: str | Path, cwd: Path | None = None) -> str:
     """Run a command and return what it printed.
 
     Raises:
@@ -37,7 +42,7 @@ def run(*command: str | Path, cwd: Path | None = None, stdin: str | None = None)
     if shutil.which(str(command[0])) is None:
         raise MissingError(f"{name} is not installed (this takes Debian or a descendant of it, on x86-64)")
     try:
-        done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=COMMAND_S)
+        done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True, timeout=COMMAND_S)
     except subprocess.TimeoutExpired as error:
         raise MissingError(f"{name} did not end in {COMMAND_S:g} s") from error
     if done.returncode:
@@ -143,7 +148,7 @@ def make_initrd(kernel: Path, busybox: Path, init: Path, initrd: Path) -> None:
     (top / "modules" / "order").write_text("".join(f"{path.name}\n" for path in order))
     names = "".join(f"{path.relative_to(top)}\n" for path in sorted(top.rglob("*")))
     with initrd.open("wb") as file:
-        pack = [busybox, "cpio", "-o", "-H", "newc"]
+        pack = [str(busybox), "cpio", "-o", "-H", "newc"]
         subprocess.run(pack, cwd=top, input=names.encode(), stdout=file, stderr=subprocess.DEVNULL, check=True)
 
 

@@ -27,7 +27,9 @@ ROOT = SCRIPTS.parent.parent
 CACHE = ROOT / ".verbs-guest"
 LIMIT_S = 900.0
 MEMORY = "4G"
-STATUS = "verbs-guest: status "
+BOOT_S = 60.0
+BOOTED, STATUS = "verbs-guest: booted", "verbs-guest: status "
+EMULATED = "tcg,thread=multi"
 FAILED = 2
 
 
@@ -56,7 +58,7 @@ def write_settings(guest: Path, ucx: Path, python: str, pytest_args: list[str]) 
     (top / "settings").write_text("".join(f"export {name}={shlex.quote(text)}\n" for name, text in settings.items()))
 
 
-def qemu_command(cache: Path) -> tuple[list[str], dict[str, str]]:
+def qemu_command(cache: Path, accelerator: str) -> tuple[list[str], dict[str, str]]:
     """Return QEMU's command line and environment.
 
     Raises:
@@ -67,7 +69,7 @@ def qemu_command(cache: Path) -> tuple[list[str], dict[str, str]]:
     program = shutil.which(name) or shutil.which(name, path=str(host / "usr/bin"))
     if program is None:
         raise MissingError(f"there is no {name}, and its package brought none")
-    command = [program, "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]
+    command = [program, "-machine", "q35", "-accel", accelerator, "-cpu", "max"]
     command += ["-smp", str(min(4, os.cpu_count() or 1)), "-m", MEMORY, "-nographic", "-no-reboot", "-nic", "none"]
     for directory in ("usr/share/qemu", "usr/share/seabios"):
         command += ["-L", str(host / directory)] if (host / directory).is_dir() else []
@@ -80,40 +82,54 @@ def qemu_command(cache: Path) -> tuple[list[str], dict[str, str]]:
     return command, {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)}
 
 
-def run_guest(command: list[str], environ: dict[str, str]) -> int:
-    """Run the guest, print what it says, and return its tests' status.
+def run_guest(command: list[str], environ: dict[str, str]) -> int | None:
+    """Run the guest, print what it says, and return its tests' status; None if it did not boot.
 
     Raises:
-        MissingError: it ended, or had to be ended, without one.
+        MissingError: it ended, or had to be ended, without a status.
     """
     process = subprocess.Popen(
         command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(LIMIT_S, end)
-    timer.start()
-    status, last = None, ""
+    timers = [threading.Timer(BOOT_S, process.kill), threading.Timer(LIMIT_S, process.kill)]
+    booted, status, last = False, None, ""
     try:
+        for timer in timers:
+            timer.start()
         for raw in process.stdout or ():
             line = raw.decode(errors="replace").rstrip()
-            if line.startswith(STATUS):
+            if line.endswith(BOOTED):  # the firmware leaves the cursor anywhere
+                booted = True
+                timers[0].cancel()
+            elif line.startswith(STATUS):
                 status = int(line.removeprefix(STATUS))
-            elif status is None:
+            elif booted and status is None:
                 print(line, flush=True)
-                last = line or last
-        process.wait()
+            last = line or last
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         process.kill()
         process.wait()
-    if status is None:
-        raise MissingError(f"the guest took more than {LIMIT_S:g} s" if late.is_set() else f"the guest ended: {last}")
+    if booted and status is None:
+        raise MissingError(f"the guest ended, or was ended after {LIMIT_S:g} s, without a status")
+    if not booted:
+        print(f"verbs-guest: no boot with {command[command.index('-accel') + 1]}: {last[-200:]}", flush=True)
     return status
+
+
+def run_tests(cache: Path) -> int:
+    """Run the guest, by the processor itself where that works (it may be there and not work), else emulated.
+
+    Raises:
+        MissingError: it runs neither way.
+    """
+    for accelerator in ("kvm", EMULATED):
+        if accelerator != "kvm" or os.access("/dev/kvm", os.R_OK | os.W_OK):
+            status = run_guest(*qemu_command(cache, accelerator))
+            if status is not None:
+                return status
+    raise MissingError("the guest does not boot")
 
 
 def interrupt(_number: int, _frame: object) -> None:
@@ -130,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cache = made(CACHE)
         write_settings(cache / "guest", cache / "ucx", options.python, pytest_args)
-        return run_guest(*qemu_command(cache))
+        return run_tests(cache)
     except (MissingError, OSError) as error:
         print(f"verbs-guest: {error}", flush=True)
         return FAILED
