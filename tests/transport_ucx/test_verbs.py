@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ucx_owners import PeerUcxOwner, UcxRegionOwner
+from ucx_owners import PeerUcxOwner, UcxRegionOwner, in_ucx_peer
 from ucx_suite import OneSidedConformance, TwoSidedConformance
 
 from kvmarket.deadline import Deadline
@@ -24,6 +24,7 @@ from kvmarket.transport.ucx import UcxTransport
 ADDRESS = os.environ.get("KVMARKET_TEST_VERBS_ADDRESS", "")
 PAGES, PAGE_BYTES = 64, 256 << 10
 MTU_MAX = 4096
+SLOWER = 50.0
 DEVICES = Path("/sys/class/infiniband")
 
 
@@ -65,6 +66,26 @@ def counters(device):
     return grown
 
 
+class OwnerHere(UcxRegionOwner):
+    """An owner that gives an emulated machine time to read between two rewritings."""
+
+    def __init__(self):
+        super().__init__(addresses=(ADDRESS,))
+
+    def start_rewriting(self, region):
+        super().start_rewriting(region, SLOWER)
+
+
+class OwnerThere(PeerUcxOwner):
+    """The same in another process."""
+
+    def __init__(self, peer):
+        super().__init__(peer, addresses=(ADDRESS,))
+
+    def start_rewriting(self, region):
+        return self.peer.call(in_ucx_peer, self.environ, self.addresses, "start_rewriting", region, SLOWER)
+
+
 class Counted:
     """Tests of bytes must move packets through the device; the transports below refuse connections without RDMA."""
 
@@ -86,7 +107,7 @@ class TestTwoSidedOverVerbs(Counted, TwoSidedConformance):
 
     @pytest.fixture
     def owner(self):
-        owner = UcxRegionOwner(addresses=(ADDRESS,))
+        owner = OwnerHere()
         yield owner
         owner.close()
 
@@ -100,14 +121,14 @@ class TestOneSidedOverVerbs(Counted, OneSidedConformance):
 
     @pytest.fixture
     def owner(self, peers):
-        return PeerUcxOwner(peers.spawn(), addresses=(ADDRESS,))
+        return OwnerThere(peers.spawn())
 
 
 class Setting:
     """An owner in another process, a connection to it, and memory to read into."""
 
     def __init__(self, peer, *, one_sided):
-        self.owner = PeerUcxOwner(peer, addresses=(ADDRESS,))
+        self.owner = OwnerThere(peer)
         self.lent = self.owner.lend_pattern(PAGES, PAGE_BYTES)
         self.generations = self.owner.validate(0, list(range(PAGES)))
         self.transport = UcxTransport({}, require="rdma", one_sided=one_sided)
