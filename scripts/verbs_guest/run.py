@@ -25,7 +25,7 @@ from parts import MissingError, build
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent.parent
 CACHE = ROOT / ".verbs-guest"
-LIMIT_S = 900.0
+LIMIT_S = 1800.0
 MEMORY = "4G"
 BOOT_S = 60.0
 BOOTED, STATUS = "verbs-guest: booted", "verbs-guest: status "
