@@ -11,7 +11,7 @@ BENCHES ?= bench/fetch.py bench/lookup.py bench/registry.py bench/transport.py b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast chaos bench lint clean setup setup-vllm
+.PHONY: help demo test test-fast test-verbs chaos bench lint clean setup setup-vllm
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: setup-vllm ## all tests, real engines included (PYTEST_ARGS="-k name" for 
 
 test-fast: setup ## the tests without engines
 	@$(VENV)/python -u -m pytest -m "not vllm" $(PYTEST_ARGS)
+
+test-verbs: setup ## the transport over RDMA, in a QEMU guest with soft-RoCE (Debian on x86-64; minutes)
+	@$(VENV)/python -u scripts/verbs_guest/run.py $(PYTEST_ARGS)
 
 chaos: setup ## bad days at length: 10,000 simulated ones of leases, 10,000 fetches among real ones
 	@$(VENV)/python -u tests/property/test_lease_simulation.py 10000

@@ -144,9 +144,12 @@ class RegionOwner:
             memory[:] = value_at(int(lent.generations.values[0]) + 1)
         lent.generations.validate(pages)
 
-    def start_rewriting(self, region: int) -> None:
-        """Do `rewrite_all` again and again on a thread, after pauses of up to 4 ms, until `stop_rewriting`."""
-        pauses_s = itertools.cycle([0.004, 0.0005, 0.002, 0.001, 0.003])
+    def start_rewriting(self, region: int, slower: float = 1.0) -> None:
+        """Do `rewrite_all` again and again on a thread, after pauses of up to 4 ms, until `stop_rewriting`.
+
+        `slower` makes the pauses longer, for transports that could not read a page in them.
+        """
+        pauses_s = itertools.cycle([slower * pause for pause in (0.004, 0.0005, 0.002, 0.001, 0.003)])
 
         def run() -> None:
             while not self._stop.wait(next(pauses_s)):

@@ -11,6 +11,10 @@ from kvmarket.transport import ucx
 sys.path.insert(0, str(Path(__file__).parent))  # its owners run in processes of their own, and are imported here, too
 
 
+def pytest_addoption(parser):
+    parser.addoption("--require-verbs", action="store_true", help="fail where tests over RDMA would be skipped")
+
+
 def pytest_collection_modifyitems(items):
     """Skip with the reason rather than fail to import."""
     try:
