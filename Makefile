@@ -25,7 +25,7 @@ test: setup-vllm ## all tests, real engines included (PYTEST_ARGS="-k name" for 
 test-fast: setup ## the tests without engines
 	@$(VENV)/python -u -m pytest -m "not vllm" $(PYTEST_ARGS)
 
-test-verbs: setup ## the transport over RDMA, in a QEMU guest with soft-RoCE (Debian on x86-64; minutes)
+test-verbs: setup ## the transport over RDMA, in a QEMU guest with soft-RoCE (Debian on x86-64; ten minutes)
 	@$(VENV)/python -u scripts/verbs_guest/run.py $(PYTEST_ARGS)
 
 chaos: setup ## bad days at length: 10,000 simulated ones of leases, 10,000 fetches among real ones
