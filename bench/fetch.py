@@ -5,7 +5,8 @@ Every figure is a ratio to one thread's memcpy of as many bytes, taken in the sa
     copy      `copy_pages` from the mapped peer into this process, nothing else
     read      `Connection.read`: generations checked before and after every group
     scattered the fetcher's read into scattered pages: random ones, and for large pages one run per layer and K/V
-    fetch     the whole `await marketplace.fetch(tokens)`: hashing, look-up, read, digests, liveness, report
+    fetch     the whole `await marketplace.fetch(tokens)`: hashing, look-up, read, digests, liveness, report;
+              ``known``: of a prompt whose hashes are remembered
 
 Cases: 64 MiB as 32 pages of 2 MiB and as 2,048 pages of 32 KiB that lie in order; 1,000 pages of 32 KiB in random
 places of a 128 MiB pool; one page of 4 KiB for the latency. Blocks are 16 tokens, hashed with SHA-256.
@@ -152,11 +153,13 @@ class Reader:
             if result.report.blocks_adopted != self.case.blocks or not np.array_equal(result.kv, expected):
                 raise SystemExit(f"{self.case.name}, verify={verify}: wrong result: {result.report}")
 
-    def fetch(self, verify: str, out: np.ndarray | None) -> Callable[[], Any]:
+    def fetch(self, verify: str, out: np.ndarray | None, *, known: bool = False) -> Callable[[], Any]:
         market = self.markets[verify]
-        name = f"fetch_{verify}" + ("" if out is None else "_out")
+        name = f"fetch_{verify}" + ("" if out is None else "_out") + ("_known" if known else "")
 
         async def run() -> float:
+            if not known:
+                market._prefix_keys.clear()  # noqa: SLF001 - a prompt that was never seen has to be hashed
             began = time.perf_counter()
             result = await market.fetch(self.tokens, out=out)
             seconds = time.perf_counter() - began
@@ -199,6 +202,7 @@ class Reader:
             "read": read,
             "scattered": timed(lambda: none.read(found, scattered, scattered_pages, Deadline(DEADLINE_S))),
             **fetches,
+            "fetch_full_out_known": self.fetch("full", self.out, known=True),
         }
 
     def _scattered(self) -> tuple[PagedMemory, np.ndarray]:

@@ -3,13 +3,15 @@
 Every figure is a ratio to one thread's memcpy of as many bytes, taken in the same rounds: 1.0 is as fast as memcpy.
 
     kvmarket  `Connection.read` of the `ucx` transport: generations checked before and after, as every fetch does
+    kvmarket_shared   the same shared by two threads (`cma_readers=2`; fetches over CMA use one, and this is why)
     nixl      NIXL's READ of prepared descriptor lists, its owner calling it only while it is read
     nixl_progress_thread   the same, both sides with NIXL's progress thread, in rounds of its own, for it spins
 
 Cases: 64 MiB in one piece; 1,000 blocks of 32 KiB from random places of a 128 MiB pool to random places of another;
 4 KiB for the latency (microseconds, not a ratio). Lanes: what UCX takes within one host (shared memory and
 CMA), and TCP over loopback. Memory is private, on huge pages, on both sides. Idle CPU is that of both processes
-together, connected, as a share of one core.
+together, connected, as a share of one core. `..._cpu` is what a read costs this process, all threads, in units of
+memcpy's time; over CMA it costs the owner nothing.
 
 With --peer nixl an environment for it is made in .venv-nixl (nixl-cu12, 270 MB), over the packages of this one.
 Aims, on CMA: contiguous 0.9 and NIXL's; blocks 0.7 and 1.3 of NIXL's; 4 KiB in 100 us. On TCP: 2 of NIXL's.
@@ -36,12 +38,16 @@ import numpy as np
 from common import MemcpyReference, finish, interleave, log
 
 from kvmarket.deadline import Deadline
+from kvmarket.helper import Helper
 from kvmarket.identity import OwnerInfo
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import private_huge_pages
 from kvmarket.region.pages import PagedMemory, PageLayout
 from kvmarket.region.region import LentRegion
+from kvmarket.registry.records import NO_DIGEST, make_records
+from kvmarket.shared_read import SharedRead
 from kvmarket.transport import ReadRequest
+from kvmarket.verification import Verification
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
@@ -111,7 +117,7 @@ class Ours:
         _choose(lanes)
         from kvmarket.transport.ucx import UcxTransport
 
-        self._transport = UcxTransport(os.environ)
+        self._transport = UcxTransport(os.environ, cma_readers=2)
         owner = OwnerInfo(1, incarnation, self._process.pid or 0, 0, "", "bench")
         self._pool = private_huge_pages(POOL_BYTES)
         self._reads = {}
@@ -120,6 +126,9 @@ class Ours:
             local = PagedMemory(PageLayout.packed(POOL_BYTES // PAGE_BYTES[case], PAGE_BYTES[case]), (self._pool,))
             self._reads[case] = connection, ReadRequest(_pages(case, 8), generations, local, _pages(case, 10))
             self.path = connection.path
+        self._helper = Helper()
+        connection, request = self._reads["contiguous"]
+        self.shares = self._helper.useful and connection.readers(request.local) > 1
 
     def run(self, case: str) -> float:
         connection, request = self._reads[case]
@@ -131,6 +140,23 @@ class Ours:
             if report.pages != PAGES[case]:
                 raise SystemExit(f"only {report.pages} pages came: {report.refused}")
         return statistics.median(seconds)
+
+    def run_shared(self, case: str) -> float:
+        """Read in parts, with a second thread."""
+        connection, request = self._reads[case]
+        count = len(request.pages)
+        records = make_records(1, 0, request.pages, request.generations, [NO_DIGEST] * count)
+        unverified = Verification("none", records, request.local, request.local_pages)
+        began = time.perf_counter()
+        report = SharedRead(connection, request, Deadline(30.0), unverified).run(self._helper)
+        seconds = time.perf_counter() - began
+        if report.pages != count:
+            raise SystemExit(f"only {report.pages} pages came: {report.refused}")
+        return seconds
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self._pool[:] = 0
 
     def right(self) -> bool:
         """Tell whether the blocks read last are the owner's."""
@@ -146,6 +172,7 @@ class Ours:
         return float(self._pipe.recv() + time.process_time() - before) / IDLE_S
 
     def close(self) -> None:
+        self._helper.close()
         self._transport.close()
         self._pipe.send("stop")
         self._process.join(10)
@@ -211,13 +238,17 @@ async def compare(lanes: str, rounds: int, python: Path | None) -> dict[str, Any
     print(f"\n{lanes}: {ours.path}")
     for case in PAGE_BYTES:
         operations: dict[str, Any] = {"kvmarket": lambda case=case: ours.run(case)}
+        if ours.shares and case != "latency":
+            operations["kvmarket_shared"] = lambda case=case: ours.run_shared(case)
         if peer is not None:
             operations["nixl"] = lambda case=case, peer=peer: peer.run(case)
         result[case] = await _measure(case, operations, rounds)
-        if peer is not None and case != "latency":
-            result[case]["kvmarket_to_nixl"] = result[case].pop("pairs")
         if case == "blocks":
             result["right"] = ours.right() and (peer is None or peer.run("right"))
+            if ours.shares:
+                ours.clear()
+                ours.run_shared(case)
+                result["right"] = result["right"] and ours.right()
     result["idle_cpu"] = {"kvmarket": ours.idle()} | ({"nixl": peer.run("idle")} if peer else {})
     ours.close()
     if peer is not None and python is not None:
@@ -245,12 +276,16 @@ async def _measure(case: str, operations: dict[str, Any], rounds: int) -> dict[s
         seconds = samples.median(name)
         found[name] = seconds * 1e6 if case == "latency" else samples.ratio(name)
         found[f"{name}_gbps"] = nbytes / seconds / 1e9
+        if name.startswith("kvmarket") and case != "latency":
+            found[f"{name}_cpu"] = statistics.median(samples.cpu[name]) / statistics.median(samples.reference)
         unit = f"p50 {found[name]:.1f} us" if case == "latency" else f"{found[name]:.3f} of memcpy"
-        print(f"  {case:11} {name:21} {unit}  {found[f'{name}_gbps']:.2f} GB/s")
-    if len(operations) > 1 and case != "latency":
-        times = zip(samples.seconds["nixl"], samples.seconds["kvmarket"], strict=True)
-        found["pairs"] = statistics.median(theirs / mine for theirs, mine in times)
-        print(f"  {case:11} kvmarket to nixl      {found['pairs']:.3f}")
+        cost = f"  CPU {found[f'{name}_cpu']:.2f} of memcpy" if f"{name}_cpu" in found else ""
+        print(f"  {case:11} {name:21} {unit}  {found[f'{name}_gbps']:.2f} GB/s{cost}")
+    for name in operations if "nixl" in operations and case != "latency" else ():
+        if name != "nixl":
+            times = zip(samples.seconds["nixl"], samples.seconds[name], strict=True)
+            found[f"{name}_to_nixl"] = statistics.median(theirs / mine for theirs, mine in times)
+            print(f"  {case:11} {name + ' to nixl':29} {found[f'{name}_to_nixl']:.3f}")
     return found
 
 

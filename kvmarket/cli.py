@@ -12,6 +12,7 @@ import typer
 import kvmarket
 from kvmarket.config import MarketConfig
 from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, check_ucx, usage, view_owners
+from kvmarket.diagnosis_peer import parse_address, view_address, view_owner
 from kvmarket.errors import KVMarketError
 from kvmarket.registry import Registry, open_registry
 
@@ -38,11 +39,33 @@ def _size(nbytes: float) -> str:
     raise AssertionError
 
 
+def _doctor_peer(peer: str, config: MarketConfig) -> None:
+    """Look at one peer only; an address needs no registry."""
+    if (address := parse_address(peer)) is not None:
+        lines = view_address(*address, config, os.environ)
+    else:
+        registry = _open(config)
+        try:
+            lines = view_owner(peer, registry, config, os.environ)
+        finally:
+            registry.close()
+    print(f"\npeer {peer}")
+    for line in lines:
+        print(f"  {line}")
+
+
 @app.command()
-def doctor() -> None:
+def doctor(
+    peer: str = typer.Option(
+        "", help="Only this peer: HOST:PORT where an owner listens for UCX, or a live owner's number or name."
+    ),
+) -> None:
     """Say what this machine can do, what `auto` would choose towards each live owner, and what to change."""
     config = _settings()
     print(f"kvmarket {kvmarket.__version__}, Python {sys.version.split()[0]}")
+    if peer:
+        _doctor_peer(peer, config)
+        return
     print("\nsettings in force")
     for item in fields(config):
         value = "(set)" if item.name == "salt" and config.salt else getattr(config, item.name)

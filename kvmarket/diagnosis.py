@@ -87,13 +87,13 @@ def check_ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[str]:
 
 def usage(registry: Registry) -> Usage:
     """Count what is in a registry that processes share."""
-    registry = _shared(registry)
+    registry = shared_registry(registry)
     return Usage(*registry.usage())
 
 
 def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = False) -> list[OwnerView]:
     """Connect to every region of every live owner and say how, or why not; `explain`: of every transport."""
-    registry = _shared(registry)
+    registry = shared_registry(registry)
     selector = TransportSelector(make_transports(config, os.environ))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():
@@ -117,7 +117,8 @@ def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = Fal
     return views
 
 
-def _shared(registry: Registry) -> LmdbRegistry | RedisRegistry:
+def shared_registry(registry: Registry) -> LmdbRegistry | RedisRegistry:
+    """Return a registry that processes share, or raise `ConfigError`."""
     if not isinstance(registry, LmdbRegistry | RedisRegistry):
         raise ConfigError(f"the {registry.scheme} registry cannot be looked at from outside")
     return registry

@@ -68,6 +68,11 @@ class PrefixKeys:
         self._remember(tokens, hashes, keys)
         return keys
 
+    def clear(self) -> None:
+        """Forget all prompts."""
+        with self._lock:
+            self._prompts = []
+
     def _longest(self, tokens: np.ndarray) -> tuple[_Prompt | None, int]:
         """Return the remembered prompt that has the most leading blocks in common with `tokens`, and how many."""
         with self._lock:

@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmarket.backlog import Backlog
 from kvmarket.completion import completion
 from kvmarket.digest import page_digests
-from kvmarket.errors import DeadlineExceededError, KVMarketError, MarketClosedError, RegistryUnavailableError
+from kvmarket.errors import (
+    DeadlineExceededError,
+    KVMarketError,
+    MarketClosedError,
+    RegistryFullError,
+    RegistryUnavailableError,
+)
 from kvmarket.registry.records import make_records
 
 if TYPE_CHECKING:
@@ -80,6 +87,7 @@ class Publisher:
         self._queue: queue.Queue[_Job | None] = queue.Queue(QUEUE_MAX)
         self._closed = False
         self._failed_before = False
+        self._backlog: Backlog[_Job] = Backlog()
         self._thread = threading.Thread(target=self._run, name="kvmarket-announce", daemon=True)
         self._thread.start()
 
@@ -217,7 +225,14 @@ class Publisher:
     # ---- the announcing thread
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while True:
+            try:
+                job = self._queue.get(timeout=self._backlog.wait_s)
+            except queue.Empty:
+                self._try_again()
+                continue
+            if job is None:
+                return
             self._settle(job)
             jobs = [job]
             pages = len(job.keys)
@@ -236,6 +251,18 @@ class Publisher:
             self._work(jobs)
             if stop:
                 return
+
+    def _try_again(self) -> None:
+        """Announce what the registry could not take, if it is back."""
+        waiting = self._backlog.take()
+        try:
+            self._registry.epoch(self._digest)  # costs less than finding out with all digests computed
+        except KVMarketError:
+            for job in waiting:
+                self._backlog.add(job)
+            return
+        for job in waiting:
+            self._work([job])
 
     def _settle(self, job: _Job) -> None:
         """Wait until the pages of `job` are final, and make those readable that nobody retracted or offered anew."""
@@ -274,20 +301,28 @@ class Publisher:
             try:
                 announced = self._withdraw(group) if group[0].generations is None else self._announce(group)
                 self._failed_before = False
+                self._backlog.worked()
             except KVMarketError as error:
-                self._metrics.add(announcements_failed=sum(len(job.keys) for job in group))
-                if not self._failed_before:
-                    logger.warning("kvmarket: blocks are not announced: %s", error)
-                self._failed_before = True
-                for job in group:
-                    with self._lock:
-                        self._take_back(job)
-                    if job.done is not None:
-                        job.done.set_exception(error)
+                self._failed(group, error)
                 continue
             for job in group:
                 if job.done is not None:
                     job.done.set_result(announced)
+
+    def _failed(self, jobs: list[_Job], error: KVMarketError) -> None:
+        """Keep for later what nobody waits for, if the registry is only away; take the rest back."""
+        if not self._failed_before:
+            logger.warning("kvmarket: blocks are not announced: %s", error)
+        self._failed_before = True
+        away = isinstance(error, RegistryUnavailableError) and not isinstance(error, RegistryFullError)
+        for job in jobs:
+            if away and job.generations is not None and job.done is None and self._backlog.add(job):
+                continue
+            self._metrics.add(announcements_failed=len(job.keys))
+            with self._lock:
+                self._take_back(job)
+            if job.done is not None:
+                job.done.set_exception(error)
 
     def _announce(self, jobs: list[_Job]) -> int:
         keys = [key for job in jobs for key in job.keys]

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.region.pages import PagedMemory
     from kvmarket.region.region import LentRegion
     from kvmarket.transport.ucx_wire import Region
 
@@ -61,6 +63,8 @@ class UcxTransport(ServingTransport):
         addresses: addresses to announce as an owner; default: this host's.
         one_sided: False makes every read two-sided.
         direct: False leaves one-sided reads over CMA lanes to UCX.
+        cma_readers: threads that share a large read over CMA lanes. More than one is safe, but where it was measured
+            (docs/BENCHMARKS.md) it took longer and cost more CPU: each part has its own looks at the generations.
     """
 
     scheme = "ucx"
@@ -74,10 +78,11 @@ class UcxTransport(ServingTransport):
         addresses: tuple[str, ...] = (),
         one_sided: bool = True,
         direct: bool = True,
+        cma_readers: int = 1,
     ) -> None:
         self.settings = ucx_settings(environ)
         self._require, self._addresses, self._one_sided = require, addresses, one_sided
-        self._direct = direct
+        self._direct, self.cma_readers = direct, cma_readers
         self._lock = threading.Lock()
         self._driver: UcxDriver | None = None
         self._server: UcxServer | None = None
@@ -221,6 +226,16 @@ class UcxTransport(ServingTransport):
             driver.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a region is read now: its peer, for one-sided reads the region there, and what reports call it."""
+
+    peer: Peer
+    remote: RemoteRegion | None
+    mapped: CmaRegion | None
+    path: str
+
+
 class UcxConnection(Connection):
     """One region of one owner. Connects again by itself after its connection was lost or cut."""
 
@@ -236,25 +251,46 @@ class UcxConnection(Connection):
         self.path = "not connected"
         self._transport, self._owner, self._descriptor, self._endpoints = transport, owner, descriptor, endpoints
         self._lock = threading.Lock()
-        self._peer: Peer | None = None
-        self._remote: RemoteRegion | None = None
-        self._mapped: CmaRegion | None = None
+        self._way: _Way | None = None  # replaced as a whole, so that reads on other threads see one or the other
 
-    def reconnect(self, deadline: Deadline) -> tuple[Peer, RemoteRegion | None, CmaRegion | None]:
-        """Return the live peer and, for one-sided reads, the region there; connect and prove the way first if needed.
+    def readers(self, local: PagedMemory) -> int:
+        """As the transport was told where the kernel copies for each thread that asks; UCX has one thread for all."""
+        del local
+        way = self._way
+        return self._transport.cma_readers if way is not None and way.mapped is not None else 1
+
+    def reconnect(self, deadline: Deadline) -> _Way:
+        """Return the live way to the region; connect and prove it first if needed.
 
         Raises:
             TransportUnavailableError, PeerGoneError: see `UcxTransport.peer`.
         """
-        with self._lock:
-            if self._peer is None or self._peer.dead:
-                peer = self._transport.peer(self._owner, self._endpoints, deadline)
-                one_sided = self._transport.uses_one_sided(peer)
-                remote = self._describe(peer, deadline, keys=one_sided)
-                self._mapped = self._map(peer, remote)
-                kind = "cma" if self._mapped is not None else "rma" if one_sided else "am"
-                self._peer, self._remote, self.path = peer, remote, f"{kind}({lanes_text(peer.lanes)})"
-            return self._peer, self._remote, self._mapped
+        way = self._live()
+        if way is not None:
+            return way
+        if not self._lock.acquire(timeout=deadline.remaining_s):
+            why = "another read is still connecting"
+            raise TransportUnavailableError(why, scheme=self.scheme, peer=str(self._owner))
+        try:
+            way = self._live()  # somebody else may have connected meanwhile
+            if way is None:
+                way = self._way = self._connect(deadline)
+                self.path = way.path
+            return way
+        finally:
+            self._lock.release()
+
+    def _live(self) -> _Way | None:
+        way = self._way
+        return None if way is None or way.peer.dead else way
+
+    def _connect(self, deadline: Deadline) -> _Way:
+        peer = self._transport.peer(self._owner, self._endpoints, deadline)
+        one_sided = self._transport.uses_one_sided(peer)
+        remote = self._describe(peer, deadline, keys=one_sided)
+        mapped = self._map(peer, remote)
+        kind = "cma" if mapped is not None else "rma" if one_sided else "am"
+        return _Way(peer, remote, mapped, f"{kind}({lanes_text(peer.lanes)})")
 
     def _map(self, peer: Peer, remote: RemoteRegion | None) -> CmaRegion | None:
         if remote is None or not self._transport.uses_cma(peer):
@@ -289,23 +325,23 @@ class UcxConnection(Connection):
         layout = self._descriptor.layout
         self._check(request)
         try:
-            peer, remote, mapped = self.reconnect(Deadline(min(CONNECT_S, deadline.remaining_s)))
+            way = self.reconnect(Deadline(min(CONNECT_S, deadline.remaining_s)))
         except TransportUnavailableError as error:
             raise PeerGoneError(str(error), scheme=self.scheme, peer=str(self._owner)) from error
-        if mapped is not None:
-            valid, refused, copy_s = mapped.read(request, deadline, on_group)
+        if way.mapped is not None:
+            valid, refused, copy_s = way.mapped.read(request, deadline, on_group)
             seconds = time.perf_counter() - began
-            return TransferReport(self.scheme, self.path, valid, valid * layout.page_bytes, seconds, copy_s, refused)
+            return TransferReport(self.scheme, way.path, valid, valid * layout.page_bytes, seconds, copy_s, refused)
         segments = max(len(layout.segments), len(request.local.layout.segments))
         reading = GroupedRead(
-            self._transport.driver, peer, self._transport.budget(self._owner), request, layout.page_bytes,
-            layout.num_pages, segments, self._starter(peer, remote, request), deadline, on_group,
+            self._transport.driver, way.peer, self._transport.budget(self._owner), request, layout.page_bytes,
+            layout.num_pages, segments, self._starter(way.peer, way.remote, request), deadline, on_group,
         )  # fmt: skip
         reading.run()
         seconds = time.perf_counter() - began
         nbytes = reading.valid * layout.page_bytes
         return TransferReport(
-            self.scheme, self.path, reading.valid, nbytes, seconds, reading.copy_seconds, reading.refused
+            self.scheme, way.path, reading.valid, nbytes, seconds, reading.copy_seconds, reading.refused
         )
 
     def _starter(

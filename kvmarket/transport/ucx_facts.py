@@ -61,30 +61,40 @@ class UcxFacts:
 
     def advice(self) -> list[str]:
         """What could be better, and how; empty when nothing could."""
-        said = []
-        active = [name for name, state in self.rdma_devices.items() if state == "ACTIVE"]
-        verbs = "ib" in self.components
-        if active and not verbs:
-            said.append(
-                f"{', '.join(active)} could carry reads between hosts, but this UCX has no verbs: install a UCX 1.19 "
-                f"or newer that has, and set {_SYSTEM_LIBRARY}=true"
-            )
-        elif verbs and not active:
-            said.append("this UCX has verbs, but no RDMA device is active: other hosts are read over TCP")
-        elif not verbs:
-            said.append("other hosts are read over TCP: this machine has no RDMA device, and this UCX no verbs")
-        elif not any(is_rdma(name) for name, _ in self.lanes):
-            said.append("RDMA is there but not used: look at UCX_TLS and UCX_NET_DEVICES")
+        said = self._between_hosts(self.lanes)
         if self.prefers_system and "site-packages" in self.library:
             said.append(
                 f"{_SYSTEM_LIBRARY} is set, but the wheel's UCX was loaded: no libucp.so was found by that name"
             )
-        if not any(name in ONE_SIDED for name, _ in self.lanes):
-            said.append(
-                "processes of this host do not read each other's memory through UCX (no CMA lane): UCX_TLS excludes "
-                "it, or ptrace access is denied; KVMARKET_TRANSPORT=shm does not need it"
-            )
-        return said
+        return said + _within_host(self.lanes)
+
+    def advice_towards(self, lanes: tuple[tuple[str, str], ...], *, same_host: bool) -> list[str]:
+        """What could be better on the way to one peer, connected by `lanes`; empty when nothing could."""
+        if same_host:
+            return _within_host(lanes)
+        said = self._between_hosts(lanes)
+        return [f"{text} (the other host needs the same)" for text in said]
+
+    def _between_hosts(self, lanes: tuple[tuple[str, str], ...]) -> list[str]:
+        active = [name for name, state in self.rdma_devices.items() if state == "ACTIVE"]
+        verbs = "ib" in self.components
+        if active and not verbs:
+            change = f"install a UCX 1.19 or newer that has, and set {_SYSTEM_LIBRARY}=true"
+            return [f"{', '.join(active)} could carry reads between hosts, but this UCX has no verbs: {change}"]
+        if verbs and not active:
+            return ["this UCX has verbs, but no RDMA device is active: other hosts are read over TCP"]
+        if not verbs:
+            return ["other hosts are read over TCP: this machine has no RDMA device, and this UCX no verbs"]
+        if not any(is_rdma(name) for name, _ in lanes):
+            return ["RDMA is there but not used: look at UCX_TLS and UCX_NET_DEVICES"]
+        return []
+
+
+def _within_host(lanes: tuple[tuple[str, str], ...]) -> list[str]:
+    if any(name in ONE_SIDED for name, _ in lanes):
+        return []
+    why = "UCX_TLS excludes it, or ptrace access is denied; KVMARKET_TRANSPORT=shm does not need it"
+    return [f"processes of this host do not read each other's memory through UCX (no CMA lane): {why}"]
 
 
 def gather(environ: Mapping[str, str]) -> UcxFacts:
@@ -98,19 +108,24 @@ def gather(environ: Mapping[str, str]) -> UcxFacts:
     server, reader = UcxTransport(environ, addresses=("127.0.0.1",)), UcxTransport(environ)
     try:
         lanes = reader.peer(owner, server.serve(owner.incarnation), Deadline(TRY_S)).lanes
-        return UcxFacts(
-            version=version(),
-            library=_library(),
-            components=components(),
-            rdma_devices=rdma_devices(),
-            settings=dict(reader.settings),
-            user_settings={name: environ[name] for name in sorted(environ) if name.startswith("UCX_")},
-            lanes=lanes,
-            prefers_system=environ.get(_SYSTEM_LIBRARY, "false").lower() not in {"false", "0", "no", ""},
-        )
+        return facts_of(environ, reader.settings, lanes)
     finally:
         reader.close()
         server.close()
+
+
+def facts_of(environ: Mapping[str, str], settings: Mapping[str, str], lanes: tuple[tuple[str, str], ...]) -> UcxFacts:
+    """Ask UCX, which must be loaded, about everything but `lanes`; `environ` is as it was before ucxx was loaded."""
+    return UcxFacts(
+        version=version(),
+        library=_library(),
+        components=components(),
+        rdma_devices=rdma_devices(),
+        settings=dict(settings),
+        user_settings={name: environ[name] for name in sorted(environ) if name.startswith("UCX_")},
+        lanes=lanes,
+        prefers_system=environ.get(_SYSTEM_LIBRARY, "false").lower() not in {"false", "0", "no", ""},
+    )
 
 
 class _ComponentAttributes(c.Structure):

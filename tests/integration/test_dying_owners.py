@@ -38,9 +38,9 @@ def start_owner(peers, config, spec, seed, blocks):
 
 
 def left_in_shm():
-    """Names that could be ours; the default runtime directory of other processes is not."""
+    """Names that could be ours; the default runtime directory and benchmarks of other processes are not."""
     shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
-    names = {path.name for path in shm.iterdir() if "kvmarket" in path.name}
+    names = {path.name for path in shm.iterdir() if "kvmarket" in path.name and "kvmarket-bench" not in path.name}
     return names - {f"kvmarket-{os.getuid()}"}
 
 

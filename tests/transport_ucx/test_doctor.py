@@ -3,10 +3,13 @@
 import asyncio
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
+from ucx_owners import PeerUcxOwner
 
 from kvmarket import MarketConfig, Marketplace, diagnosis
 from kvmarket.testing.samples import SPEC, sample_kv, sample_tokens
@@ -85,3 +88,103 @@ async def test_the_command_shows_every_way_to_a_live_owner(tmp_path):
     assert "shm yes: mmap(memfd)" in lines
     assert any(line.startswith("ucx yes: cma(cma/memory") for line in lines)
     assert any("region 0" in line and "by shm" in line for line in lines), "auto takes shared memory on one host"
+
+
+def doctor_peer(peer, tmp_path, **environ):
+    """Run the command; return its exit status, its lines with single spaces, its errors, and its seconds."""
+    command = [sys.executable, "-m", "kvmarket.cli", "doctor", "--peer", str(peer)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    own |= {"KVMARKET_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environ}
+    began = time.monotonic()
+    done = subprocess.run(command, env=own, check=False, capture_output=True, text=True, timeout=90)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    return done.returncode, lines, done.stderr, time.monotonic() - began
+
+
+@pytest.fixture
+def listening(peers):
+    """An owner in a process of its own, and the port it listens at."""
+    owner = PeerUcxOwner(peers.spawn())
+    lent = owner.lend_pattern(4, 4096)
+    return owner, lent.descriptor.endpoints["ucx"][0][1]
+
+
+def test_a_peer_by_its_address_is_connected_to_though_it_is_a_stranger(listening, tmp_path):
+    owner, port = listening
+    status, lines, errors, _ = doctor_peer(f"127.0.0.1:{port}", tmp_path)
+    said = "\n".join(lines)
+    assert status == 0, errors
+    assert f"an owner answers at 127.0.0.1:{port} after" in said
+    assert "then with a round trip of" in said
+    assert "UCX lanes: cma/memory+" in said
+    assert "reads are one-sided" in said
+    assert "it does not serve strangers (another incarnation listens here)" in said
+    assert "auto would choose shm: it is on this host" in said
+    assert "to change" not in said
+    limit = time.monotonic() + 10
+    while owner.sessions() and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert owner.sessions() == 0, "the doctor left its connection there"
+
+
+def test_lanes_towards_a_peer_are_the_ones_of_the_connection_and_requirements_are_judged(listening, tmp_path):
+    _, port = listening
+    status, lines, errors, _ = doctor_peer(f"localhost:{port}", tmp_path, UCX_TLS="tcp", KVMARKET_UCX_REQUIRE="rdma")
+    said = "\n".join(lines)
+    assert status == 0, errors
+    assert "UCX lanes: tcp/" in said
+    assert "reads are two-sided" in said
+    assert "UCX found no shared memory with it" in said
+    assert "refused by KVMARKET_UCX_REQUIRE: require=rdma, but the connection uses tcp/" in said
+    assert "to change: processes of this host do not read each other's memory through UCX (no CMA lane)" in said
+
+
+def test_where_nothing_listens_that_is_the_error(tmp_path):
+    with socket.socket() as bound:  # taken, so that nobody else listens there, and not listening
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        status, _, errors, seconds = doctor_peer(f"127.0.0.1:{port}", tmp_path)
+    assert status == 1
+    assert f"127.0.0.1:{port} refuses connections: nothing listens there" in errors
+    assert "Traceback" not in errors
+    assert seconds < 60
+
+
+def test_what_is_no_owner_is_told_from_one_within_the_limit(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        port = deaf.getsockname()[1]
+        status, _, errors, seconds = doctor_peer(f"127.0.0.1:{port}", tmp_path)
+    assert status == 1
+    assert f"127.0.0.1:{port} takes connections but is no kvmarket owner, or one that is stopped" in errors
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("peer", ["no-such-host.invalid:7000", "127.0.0.1:0", "7", "a b"])
+def test_peers_that_cannot_be_are_named(peer, tmp_path):
+    tmp_path.chmod(0o700)
+    status, _, errors, _ = doctor_peer(peer, tmp_path)
+    assert status == 1
+    assert (
+        "unknown host 'no-such-host.invalid'" if "invalid" in peer else "nor a live owner; live owners: none"
+    ) in errors
+
+
+async def test_an_owner_of_the_registry_is_looked_at_by_every_way(tmp_path):
+    tmp_path.chmod(0o700)
+    config = MarketConfig(
+        runtime_dir=str(tmp_path), transport="ucx", arena_bytes=4 << 20, registry_bytes=16 << 20,
+        ucx_addresses="127.0.0.1",
+    )  # fmt: skip
+    async with Marketplace("model", SPEC, config=config) as market:
+        tokens = sample_tokens(1, 4)
+        await market.publish(tokens, sample_kv(tokens))
+        name = f"{socket.gethostname()}/pid {os.getpid()}"
+        status, lines, errors, _ = await asyncio.to_thread(doctor_peer, name, tmp_path, KVMARKET_TRANSPORT="ucx")
+    said = "\n".join(lines)
+    assert status == 0, errors
+    assert "shm yes: mmap(memfd)" in lines
+    assert "ucx yes: cma(cma/memory" in said
+    assert "auto would choose shm, mmap(memfd): not reached by inproc" in said
+    assert "but KVMARKET_TRANSPORT=ucx is set: only that is used" in said
+    assert "an owner answers at 127.0.0.1:" in said
+    assert "refuse" not in said

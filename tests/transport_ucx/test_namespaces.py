@@ -1,5 +1,8 @@
 """Two hosts as far as the network goes: network namespaces with addresses of their own, joined by a veth pair."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -76,3 +79,23 @@ def test_an_owner_behind_a_dead_wire_cannot_be_connected_to_and_that_is_said_in_
     with pytest.raises(Exception, match="did not answer a moment ago"):
         reader.connect(lent)
     assert time.monotonic() - began < 0.3, "the next one does not wait for it again"
+
+
+def test_the_doctor_tells_how_an_owner_on_the_other_host_is_reached(pair, hosts):
+    _, _, lent, _ = pair
+    host, port = lent.descriptor.endpoints["ucx"][0]
+    environ = {**os.environ, "UCX_TLS": "tcp", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["ip", "netns", "exec", hosts[1], sys.executable, "-m", "kvmarket.cli", "doctor", "--peer"]
+    done = subprocess.run(
+        [*command, f"{host}:{port}"], env=environ, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"UCX lanes: tcp/{READER_DEVICE}; reads are two-sided" in done.stdout
+    assert "auto would choose ucx: the peer is on another host" in done.stdout
+    ip("-n", hosts[0], "link", "set", OWNER_DEVICE, "down")
+    done = subprocess.run(
+        [*command, f"{host}:{port}"], env=environ, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert f"{host}:{port} " in done.stderr
+    assert "does not answer" in done.stderr or "cannot be reached" in done.stderr

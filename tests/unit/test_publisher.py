@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvmarket.deadline import Deadline
-from kvmarket.errors import DeadlineExceededError, MarketClosedError
+from kvmarket.errors import DeadlineExceededError, MarketClosedError, RegistryUnavailableError
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.metrics import Metrics
 from kvmarket.publish import QUEUE_MAX, Publisher
@@ -173,3 +173,81 @@ def test_closed_publishers_take_nothing_more(registry, publisher):
     with pytest.raises(MarketClosedError):
         publisher.offer([KEYS[0]], [0])
     publisher.retract([0])
+
+
+class AwayRegistry(MemoryRegistry):
+    """Takes nothing while `away`."""
+
+    def __init__(self):
+        super().__init__()
+        self.away, self.attempts = False, 0
+
+    def _require(self):
+        if self.away:
+            raise RegistryUnavailableError("away")
+
+    def epoch(self, digest):
+        self._require()
+        return super().epoch(digest)
+
+    def announce(self, digest, epoch, keys, records):
+        self.attempts += 1
+        self._require()
+        return super().announce(digest, epoch, keys, records)
+
+
+@pytest.fixture
+def away_publisher(monkeypatch):
+    monkeypatch.setattr("kvmarket.backlog.PAUSE_MIN_S", 0.02)
+    registry = AwayRegistry()
+    registry.open_namespace(NAMESPACE.digest, {})
+    owner = registry.register_owner(os.urandom(16))
+    region = LentRegion(0, owner.incarnation, PagedMemory.packed(np.zeros((8, 64), np.uint8)), (), SPEC.fingerprint)
+    publisher = Publisher(NAMESPACE, registry, owner, region, Metrics(), with_digests=True)
+    publisher._backlog._pause_s = 0.02
+    yield registry, publisher, region
+    publisher.close()
+    region.close()
+
+
+def eventually(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_what_a_registry_could_not_take_is_announced_when_it_is_back(away_publisher):
+    registry, publisher, _ = away_publisher
+    registry.away = True
+    publisher.offer(KEYS[:4], [0, 1, 2, 3])
+    eventually(lambda: registry.attempts == 1 and len(publisher._backlog) == 1)
+    publisher.retract([2])
+    time.sleep(0.1)
+    assert registry.attempts == 1, "no digests are computed for a registry that is away"
+    assert publisher.page_of(KEYS[1]) == 1, "still readable"
+    registry.away = False
+    eventually(lambda: found(registry) == [KEYS[0], KEYS[1], KEYS[3]])
+    assert len(publisher._backlog) == 0
+
+
+def test_who_waits_for_an_announcement_is_told_at_once(away_publisher):
+    registry, publisher, region = away_publisher
+    registry.away = True
+    future = publisher.offer(KEYS[:2], [0, 1], wait=True)
+    with pytest.raises(RegistryUnavailableError):
+        future.result(10)
+    assert publisher.page_of(KEYS[0]) is None
+    assert (region.generations.values[:2] % 2).all(), "nor readable"
+
+
+def test_a_full_backlog_takes_back_and_counts(away_publisher, monkeypatch):
+    monkeypatch.setattr("kvmarket.backlog.BATCHES_MAX", 1)
+    registry, publisher, _ = away_publisher
+    registry.away = True
+    publisher.offer(KEYS[:1], [0])
+    eventually(lambda: len(publisher._backlog) == 1)
+    publisher.offer(KEYS[1:3], [1, 2])
+    eventually(lambda: publisher._metrics.snapshot().get("announcements_failed") == 2)
+    assert publisher.page_of(KEYS[0]) == 0
+    assert publisher.page_of(KEYS[1]) is None
