@@ -34,12 +34,16 @@ def find_server() -> str | None:
     return None
 
 
+PORT_MAX = 55_535
+"""A server that is a node of a cluster listens 10,000 ports higher, too."""
+
+
 def free_port() -> int:
     """Return a port of the loopback address that nobody uses right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-        return port
+    return port if port <= PORT_MAX else free_port()
 
 
 class RedisServer:

@@ -14,7 +14,11 @@ ANSWER_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def replicas(fleet):
-    return fleet.start_all({}, {}, {})
+    """Their markets are open: they open with the first request, beside the engine."""
+    replicas = fleet.start_all({}, {}, {})
+    for number, replica in enumerate(replicas):
+        fleet.publish(replica, [random_prompt(100, seed=6900 + number)])
+    return replicas
 
 
 @pytest.fixture
