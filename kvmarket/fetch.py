@@ -16,7 +16,7 @@ from kvmarket.explain import explain_nothing_found
 from kvmarket.helper import Helper
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import NO_DIGEST, RECORD, BlockRecords, run_length
+from kvmarket.registry.records import RECORD, BlockRecords, have_digest, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
-
-_NO_DIGEST = np.void(NO_DIGEST)
-
 
 EXPLAIN_EVERY_S = 5.0
 """How often a registry that is not local is asked why nothing is found: it takes several round trips."""
@@ -121,7 +118,7 @@ class Fetcher:
                     keep[rows], why = False, "unverified"
                 except TransportError:
                     keep[rows] = False
-        if self._verify == "full" and not (vouched := found.records["digest"] != _NO_DIGEST).all():
+        if self._verify == "full" and not (vouched := have_digest(found.records)).all():
             keep, why = keep & vouched, "unverified"
         if keep.all():
             return found
@@ -139,7 +136,7 @@ class Fetcher:
         excluded: set[int] = set()
         used: dict[int, OwnerInfo] = {}
         records = found.records
-        if self._verify == "full" and not (vouched := records["digest"] != _NO_DIGEST).all():
+        if self._verify == "full" and not (vouched := have_digest(records)).all():
             records = records[vouched]
             outcome.reason, outcome.detail = (
                 MissReason.UNVERIFIED,

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmarket.digest import can_digest, default_digest, page_digests
-from kvmarket.registry.records import DIGEST_BYTES, NO_DIGEST, BlockRecords
+from kvmarket.registry.records import DIGEST_BYTES, BlockRecords, have_digest
 
 if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
 
 SAMPLE_ONE_IN = 16
-_NO_DIGEST = np.void(NO_DIGEST)
 
 
 class Verification:
@@ -46,7 +45,7 @@ class Verification:
         if not can_digest(local.kind, self._algorithm):
             mode = "none"
         self._digests = np.ascontiguousarray(run["digest"])
-        self.wanted = self._digests != _NO_DIGEST
+        self.wanted = have_digest(run)
         if mode == "none":
             self.wanted[:] = False
         elif mode == "sampled":

@@ -21,11 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
-from kvmarket.identity import OwnerInfo
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
-    OWNER_AT,
     collect,
     delete_prefix,
     delete_record,
@@ -35,18 +33,23 @@ from kvmarket.registry.lmdb_cursors import (
 from kvmarket.registry.lmdb_file import Transaction, acquire_file, release_file
 from kvmarket.registry.records import (
     HEAD_BYTES,
+    OWNER_AT,
     RECORD,
     BlockRecords,
     decode_records,
     encode_records,
     pack,
+    pack_owner,
     run_length,
     unpack,
+    unpack_owner,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from kvmarket.identity import OwnerInfo
 
 SWEEP_KEYS_MAX = 20_000
 """Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""
@@ -81,9 +84,7 @@ class LmdbRegistry(Registry):
                 number = self._next(txn, b"owner")
                 info = this_process(number, incarnation)
                 locks.acquire(number)  # first: nobody may see the record of an owner that seems dead
-                body = {"incarnation": incarnation, "pid": info.pid, "pidns": info.pid_namespace}
-                body |= {"boot": info.boot_id, "host": info.host}
-                txn.put(_u32(number), pack("owner", body), db=self._table("owners"))
+                txn.put(_u32(number), pack_owner(info), db=self._table("owners"))
         except RegistryError:
             locks.release(number)
             raise
@@ -115,11 +116,7 @@ class LmdbRegistry(Registry):
         data = txn.get(_u32(owner), db=self._table("owners"))
         if data is None:
             return None
-        body = unpack("owner", data)
-        try:
-            info = OwnerInfo(owner, body["incarnation"], body["pid"], body["pidns"], body["boot"], body["host"])
-        except KeyError as error:
-            raise RegistryProtocolError(f"the record of owner {owner} lacks {error}") from error
+        info = unpack_owner(owner, data)
         if len(self._owner_cache) >= OWNERS_CACHED_MAX:
             self._owner_cache.clear()
         self._owner_cache[owner] = info

@@ -5,14 +5,13 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from kvmarket.registry.records import blocks_to_run_end
+from kvmarket.registry.records import OWNER_AT, blocks_to_run_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
-OWNER_AT = slice(3, 7)  # where a record of this version holds its owner
 
 
 def collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:

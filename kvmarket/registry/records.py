@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
+from kvmarket.identity import OwnerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ RECORD_BYTES_MAX = 511
 DIGEST_BYTES = 16
 NO_DIGEST = bytes(DIGEST_BYTES)
 """Stands for "the owner computed none": such a page can only be checked by its generation."""
+_NO_DIGEST = np.void(NO_DIGEST)
 
 _WIRE = np.dtype(
     [
@@ -62,6 +64,9 @@ RECORD = np.dtype(
 
 BlockRecords = np.ndarray
 """(n,) structured array of `RECORD`."""
+
+OWNER_AT = slice(3, 7)
+"""Where a wire record of this version holds its owner."""
 
 
 class RecordFields(NamedTuple):
@@ -105,6 +110,12 @@ def block_key(hashes: Sequence[bytes], index: int) -> bytes:
 def blocks_to_run_end(key: bytes) -> int:
     """Return how many blocks, that of `key` included, its run of `RUN_BLOCKS` still has."""
     return RUN_BLOCKS - int.from_bytes(key[HEAD_BYTES : HEAD_BYTES + 4], "big") % RUN_BLOCKS
+
+
+def have_digest(records: BlockRecords) -> np.ndarray:
+    """Return (n,) bool: which records name the digest of their block."""
+    named: np.ndarray = records["digest"] != _NO_DIGEST
+    return named
 
 
 def run_length(blocks: np.ndarray) -> int:
@@ -200,3 +211,18 @@ def unpack(kind: str, data: bytes, *, bytes_max: int = 16 << 20) -> dict[str, An
     if body.get("v") != MAJOR:
         raise RegistryProtocolError(f"a {kind} record has version {body.get('v')!r}; this kvmarket understands {MAJOR}")
     return body
+
+
+def pack_owner(info: OwnerInfo) -> bytes:
+    """Encode who an owner is; its number is not part of it."""
+    body = {"incarnation": info.incarnation, "pid": info.pid, "pidns": info.pid_namespace}
+    return pack("owner", body | {"boot": info.boot_id, "host": info.host})
+
+
+def unpack_owner(number: int, data: bytes) -> OwnerInfo:
+    """Decode `pack_owner`'s form. Raises `RegistryProtocolError`."""
+    body = unpack("owner", data)
+    try:
+        return OwnerInfo(number, body["incarnation"], body["pid"], body["pidns"], body["boot"], body["host"])
+    except KeyError as error:
+        raise RegistryProtocolError(f"the record of owner {number} lacks {error}") from error

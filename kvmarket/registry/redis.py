@@ -14,11 +14,11 @@ import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
-from kvmarket.registry.records import RECORD, RECORD_BYTES, encode_records, pack, run_length, unpack
+from kvmarket.registry.records import RECORD, RECORD_BYTES, encode_records, pack, run_length, unpack, unpack_owner
 from kvmarket.registry.redis_batches import batch, batches, decode
 from kvmarket.registry.redis_keeper import Keeper
 from kvmarket.registry.redis_link import Gate, Link
-from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners, owner_info
+from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners
 from kvmarket.registry.redis_scripts import BUMP, LOOKUP, OPEN, SEGMENT_HEAD, namespace_key, owners_key
 from kvmarket.server_url import parse_url, without_secrets
 
@@ -87,7 +87,7 @@ class RedisRegistry(Registry):
         key = number.to_bytes(4, "big") + data
         info = self._infos.get(key)
         if info is None:
-            info = owner_info(number, data)
+            info = unpack_owner(number, data)
             with self._lock:
                 if len(self._infos) >= OWNERS_CACHED_MAX:
                     self._infos.clear()

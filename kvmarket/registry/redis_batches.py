@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
-from kvmarket.registry.records import HEAD_BYTES, RECORD, RECORD_BYTES, BlockRecords, decode_records, decode_wire
+from kvmarket.registry.records import (
+    HEAD_BYTES,
+    OWNER_AT,
+    RECORD,
+    RECORD_BYTES,
+    BlockRecords,
+    decode_records,
+    decode_wire,
+)
 from kvmarket.registry.redis_scripts import SEGMENT_HEAD
 
 if TYPE_CHECKING:
@@ -20,7 +28,6 @@ FIELDS_PER_RUN_MAX = 1000
 BLOCKS_PER_CALL_MAX = 4096
 """Blocks in one call, which bounds how long it keeps the server from others: some milliseconds."""
 _SEGMENT = np.dtype([("length", "u1"), ("expires", ">u4"), ("record", f"V{RECORD_BYTES}")])
-_OWNER = slice(3, 7)  # where a record of this version holds its owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ def batch(keys: Sequence[bytes]) -> Batch:
 
 def with_owner(record: bytes, owner: bytes) -> bytes:
     """Return a wire record that names another owner (4 bytes)."""
-    return record if record[_OWNER] == owner else record[: _OWNER.start] + owner + record[_OWNER.stop :]
+    return record if record[OWNER_AT] == owner else record[: OWNER_AT.start] + owner + record[OWNER_AT.stop :]
 
 
 def decode(blocks: int, now: int, segments: bytes, lengths: bytes) -> BlockRecords:

@@ -15,10 +15,9 @@ from kvmarket.errors import (
     RegistryProtocolError,
     RegistryUnavailableError,
 )
-from kvmarket.identity import OwnerInfo
 from kvmarket.registry.host import this_process
 from kvmarket.registry.leases import Lease, Space
-from kvmarket.registry.records import pack, unpack
+from kvmarket.registry.records import pack_owner
 from kvmarket.registry.redis_batches import batch, batches, with_owner
 from kvmarket.registry.redis_link import Link, ServerAwayError
 from kvmarket.registry.redis_scripts import (
@@ -36,6 +35,7 @@ from kvmarket.registry.redis_scripts import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvmarket.identity import OwnerInfo
     from kvmarket.server_url import ServerUrl
 
 PURGE_ENTRIES = 2000
@@ -44,21 +44,6 @@ DIGEST_BYTES = 32
 NUMBER_TRIES = 8
 RENEW_ENTRIES_MAX = 16_384
 """Entries of one namespace renewed per heartbeat."""
-
-
-def owner_body(info: OwnerInfo) -> bytes:
-    """Encode who an owner is; its number is not part of it."""
-    body = {"incarnation": info.incarnation, "pid": info.pid, "pidns": info.pid_namespace}
-    return pack("owner", body | {"boot": info.boot_id, "host": info.host})
-
-
-def owner_info(number: int, data: bytes) -> OwnerInfo:
-    """Decode `owner_body`'s form."""
-    body = unpack("owner", data)
-    try:
-        return OwnerInfo(number, body["incarnation"], body["pid"], body["pidns"], body["boot"], body["host"])
-    except KeyError as error:
-        raise RegistryProtocolError(f"the record of owner {number} lacks {error}") from error
 
 
 class Owners:
@@ -96,9 +81,9 @@ class Owners:
 
     def register(self, incarnation: bytes) -> OwnerInfo:
         """Enter a new owner."""
-        number = self._new_number(owner_body(this_process(0, incarnation)))
+        number = self._new_number(pack_owner(this_process(0, incarnation)))
         info = this_process(number, incarnation)
-        lease = Lease(info, number, owner_body(info))
+        lease = Lease(info, number, pack_owner(info))
         with self._lock:
             self._leases[number] = lease
         return lease.info
