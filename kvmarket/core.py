@@ -159,12 +159,11 @@ class MarketCore:
             self._publishers.append(publisher)
             return publisher
 
-    def epoch(self) -> int:
-        """Return the namespace's epoch: another number than before means that everybody was told to forget."""
-        return self.registry.epoch(self._digest)
-
     def epoch_hint(self) -> int:
-        """Return the namespace's epoch as far as this process knows. Never waits; see `Registry.epoch_hint`."""
+        """Return the namespace's epoch as far as this process knows: a new one means that all were told to forget.
+
+        Never waits; see `Registry.epoch_hint`.
+        """
         return self.registry.epoch_hint(self._digest)
 
     def bump_epoch(self) -> int:

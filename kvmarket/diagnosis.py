@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmarket.errors import ConfigError, KVMarketError, MissingExtraError, TransportError
-from kvmarket.reach import make_transports
+from kvmarket.reach import has_ucx, make_transports
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import SharedMemory, map_peer_memory
 from kvmarket.registry.lmdb import LmdbRegistry
@@ -70,7 +69,7 @@ def check_shared_memory() -> str:
 
 def check_ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[str]:
     """Start UCX and try it; return what it can do and what would improve it, or why it cannot be used."""
-    if importlib.util.find_spec("ucxx") is None:
+    if not has_ucx():
         return [f"not installed: {MissingExtraError('ucxx', 'ucx')}"]
     from kvmarket.transport.ucx_facts import gather
 

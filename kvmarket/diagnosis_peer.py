@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from kvmarket.deadline import Deadline
 from kvmarket.diagnosis import shared_registry
 from kvmarket.errors import ConfigError, MissingExtraError, TransportError
-from kvmarket.reach import make_transports
+from kvmarket.reach import has_ucx, make_transports
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.transport import TransportSelector
 
@@ -53,7 +53,7 @@ def view_address(
         MissingExtraError, TransportUnavailableError: UCX cannot be used here.
         ConnectError: no owner answers there; the message says what was found instead.
     """
-    if importlib.util.find_spec("ucxx") is None:
+    if not has_ucx():
         raise MissingExtraError("ucxx", "ucx")
     from kvmarket.transport.ucx import UcxTransport
     from kvmarket.transport.ucx_facts import facts_of
@@ -147,7 +147,7 @@ def _paths(
     if chosen is None:
         said.append("auto would choose none: nothing reaches it, and every fetch from it is a miss")
     else:
-        passed = [scheme for scheme, _, _ in paths[: [scheme for scheme, _, _ in paths].index(chosen[0])]]
+        passed = [scheme for scheme, _, _ in takewhile(lambda path: not path[1], paths)]
         why = f"not reached by {', '.join(passed)}" if passed else "nothing comes before it"
         said.append(f"auto would choose {chosen[0]}, {chosen[1]}: {why}")
     if config.transport != "auto":

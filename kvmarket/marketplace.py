@@ -19,12 +19,12 @@ from kvmarket.cuda import is_cuda, packed_cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.fetch import Outcome
-from kvmarket.hashing import TokenIds, hash_blocks, token_array
+from kvmarket.hashing import TokenIds, token_array
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.prefix_keys import PrefixKeys
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
-from kvmarket.registry import LookupResult, Registry, block_keys
+from kvmarket.registry import LookupResult, Registry
 from kvmarket.registry.records import RECORD
 from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport
 from kvmarket.staging import StagingPool
@@ -172,10 +172,9 @@ class Marketplace:
         """
         began = time.perf_counter()
         pages = as_pages(kv, self._spec)
-        hashes = self._hash(tokens, extra_keys)
-        if len(pages) != len(hashes):
-            raise InvalidInputError(f"kv has {len(pages)} blocks for {len(hashes)} full blocks of tokens")
-        keys = block_keys(hashes)
+        keys = self._keys(tokens, extra_keys)
+        if len(pages) != len(keys):
+            raise InvalidInputError(f"kv has {len(pages)} blocks for {len(keys)} full blocks of tokens")
         deadline = Deadline(self._config.publish_deadline_s if deadline_s is None else deadline_s)
         new = blocks = 0
         if keys:
@@ -338,12 +337,6 @@ class Marketplace:
         )
 
     # ---- inner
-
-    def _hash(self, tokens: TokenIds, extra_keys: Sequence[bytes] | None) -> list[bytes]:
-        self._require_open()
-        return hash_blocks(
-            tokens, self._spec.block_size, root=self._root, algorithm=self._config.hash, extra_keys=extra_keys
-        )
 
     def _keys(self, tokens: TokenIds, extra_keys: Sequence[bytes] | None) -> list[bytes]:
         self._require_open()

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def has_ucx() -> bool:
+    """Tell whether ucxx is installed, without loading it."""
+    return importlib.util.find_spec("ucxx") is not None
+
+
 def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
     """Return the backends that ``KVMARKET_TRANSPORT`` allows, in order.
 
@@ -34,23 +39,25 @@ def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Tr
     """
     if config.transport == "inproc":
         return [InprocTransport()]
-    cuda = CudaIpcTransport(boot_id(), pid_namespace(), load_cuda)
+    here = boot_id(), pid_namespace()
     if config.transport == "cuda_ipc":
         load_cuda()  # asked for by name, so what is missing for it is an error now
-        return [cuda]
-    shm = ShmTransport(boot_id(), pid_namespace())
+        return [CudaIpcTransport(*here, load_cuda)]
     if config.transport == "shm":
-        return [shm]
-    has_ucx = importlib.util.find_spec("ucxx") is not None
-    if config.transport == "ucx" and not has_ucx:
+        return [ShmTransport(*here)]
+    if config.transport == "ucx":
+        return [_ucx(config, environ)]
+    found = [InprocTransport(), ShmTransport(*here), CudaIpcTransport(*here, load_cuda)]
+    return [*found, _ucx(config, environ)] if has_ucx() else found
+
+
+def _ucx(config: MarketConfig, environ: Mapping[str, str]) -> Transport:
+    if not has_ucx():
         raise MissingExtraError("ucxx", "ucx")
-    if not has_ucx:
-        return [InprocTransport(), shm, cuda]
     from kvmarket.transport.ucx import UcxTransport
 
     addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
-    ucx = UcxTransport(environ, require=config.ucx_require, addresses=addresses)
-    return [ucx] if config.transport == "ucx" else [InprocTransport(), shm, cuda, ucx]
+    return UcxTransport(environ, require=config.ucx_require, addresses=addresses)
 
 
 class Listeners:

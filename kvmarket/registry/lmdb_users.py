@@ -32,29 +32,24 @@ class RegistryUsers:
     Args:
         path: the lock file; it also says which format the registry has.
         wait_s: how long to wait for another process that is making the registry anew.
-
-    Attributes:
-        first: nobody else had it open, and it was a registry of ours: what it holds is of no use.
     """
 
     def __init__(self, path: Path, wait_s: float) -> None:
-        self.path, self.first = path, False
+        self.path, self._wait_s = path, wait_s
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._wait_s = wait_s
             self._ours = self._is_ours()
         except BaseException:
             self.close()
             raise
 
     def join(self, stale: Iterable[Path]) -> None:
-        """Become a user; the files `stale` are removed first if this process is the first.
+        """Become a user; the files `stale` are removed first if nobody else is one, and this was a registry of ours.
 
         Raises:
             RegistryUnavailableError: another process kept the exclusive lock for `wait_s`.
         """
         if self._ours and self._lock(fcntl.LOCK_EX):
-            self.first = True
             for path in stale:
                 path.unlink(missing_ok=True)
         # To share it, the kernel gives the lock up first. Another process may make the registry anew in between; it is

@@ -32,6 +32,17 @@ local function number(four)
   local a, b, c, d = byte(four, 1, 4)
   return string.format('%.0f', ((a * 256 + b) * 256 + c) * 256 + d)
 end
+-- The block keys of run `run` (from 0), which start at `at` of `fields`: without their head, whole, and where they end.
+local function cut(counts, run, fields, at, width)
+  local high, low = byte(counts, 2 * run + 1, 2 * run + 2)
+  local asked, members = {}, {}
+  for j = 1, high * 256 + low do
+    members[j] = sub(fields, at, at + width - 1)
+    asked[j] = sub(fields, at + 8, at + width - 1)
+    at = at + width
+  end
+  return asked, members, at
+end
 -- Everything in `segments` but what `owner` said and what has expired.
 local function without(segments, owner, now)
   local kept, found, at = {}, 0, 1
@@ -127,13 +138,8 @@ local function octet(unit) return math.floor(e / unit) % 256 end
 local expires = string.char(octet(16777216), octet(65536), octet(256), octet(1))
 local lengths, records, at, rec, n = ARGV[8], ARGV[9], 1, 1, 0
 for r = 4, #KEYS do
-  local high, low = byte(counts, 2 * r - 7, 2 * r - 6)
-  local asked, members = {}, {}
-  for j = 1, high * 256 + low do
-    members[j] = sub(fields, at, at + width - 1)
-    asked[j] = sub(fields, at + 8, at + width - 1)
-    at = at + width
-  end
+  local asked, members
+  asked, members, at = cut(counts, r - 4, fields, at, width)
   local before = redis.call('HMGET', KEYS[r], unpack(asked))
   local pairs_ = {}
   for j = 1, #asked do
@@ -192,13 +198,8 @@ WITHDRAW = Script(
 local owner, width, counts, fields = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local now, at, removed = tonumber(redis.call('TIME')[1]), 1, 0
 for r = 2, #KEYS do
-  local high, low = byte(counts, 2 * r - 3, 2 * r - 2)
-  local asked, members = {}, {}
-  for j = 1, high * 256 + low do
-    members[j] = sub(fields, at, at + width - 1)
-    asked[j] = sub(fields, at + 8, at + width - 1)
-    at = at + width
-  end
+  local asked, members
+  asked, members, at = cut(counts, r - 2, fields, at, width)
   removed = removed + remove(KEYS[r], asked, owner, now)
   redis.call('SREM', KEYS[1], unpack(members))
 end

@@ -20,7 +20,7 @@ import numpy as np
 from kvmarket.errors import PeerGoneError, TransferError
 from kvmarket.region.generations import VALUES_OFFSET, memory_fence
 from kvmarket.report import MissReason
-from kvmarket.transport.ucx_iov import cut, local_iov, page_lists
+from kvmarket.transport.ucx_iov import cut, local_bases, local_iov, page_lists
 from kvmarket.transport.ucx_rma import CounterWindows
 
 if TYPE_CHECKING:
@@ -157,9 +157,8 @@ class _Copy:
         self._there = self._here = None
         local = request.local
         if [s.nbytes for s in remote.layout.segments] == [s.nbytes for s in local.layout.segments]:
-            bases = np.array([array.ctypes.data for array in local.memories], np.uint64)
             self._there = page_lists(remote.layout, remote.bases, request.pages)
-            self._here = page_lists(local.layout, bases, request.local_pages)
+            self._here = page_lists(local.layout, local_bases(local), request.local_pages)
 
     def lists(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return two (n, 2) lists of equal lengths for the pages at `indices`: remote and local."""

@@ -59,10 +59,14 @@ def page_lists(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> np.n
     return lists
 
 
+def local_bases(memory: PagedMemory) -> np.ndarray:
+    """Return (memories,) uint64: where each memory of this process starts."""
+    return np.array([array.ctypes.data for array in memory.memories], np.uint64)
+
+
 def local_iov(memory: PagedMemory, pages: np.ndarray) -> np.ndarray:
     """Return the (n, 2) uint64 scatter/gather list of pages of this process."""
-    bases = np.array([array.ctypes.data for array in memory.memories], np.uint64)
-    return page_runs(memory.layout, bases, pages).iov
+    return page_runs(memory.layout, local_bases(memory), pages).iov
 
 
 def cut(remote: Runs, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ import numpy as np
 from kvmarket import FetchReport, Marketplace, PublishReport
 from kvmarket.deadline import Deadline
 from kvmarket.region.pages import PagedMemory
-from kvmarket.registry import block_keys
 from kvmarket.registry.lmdb_file import acquire_file
 from kvmarket.testing.samples import SPEC, sample_kv, sample_spec, sample_tokens
 
@@ -84,7 +83,7 @@ def republish_for(state, seconds, board):
         version += 1
         publisher.retract(numbers)
         pages.view(np.uint64)[:] = version_kv(version)
-        keys = block_keys(market._hash(sample_tokens(version, TORN_BLOCKS), None))
+        keys = market._keys(sample_tokens(version, TORN_BLOCKS), None)
         publisher.offer(keys, numbers)
         publisher.flush(Deadline(10))
         newest[0] = version

@@ -14,7 +14,6 @@ import pytest
 from kvmarket import Marketplace, MissReason
 from kvmarket.deadline import Deadline
 from kvmarket.region.pages import PagedMemory
-from kvmarket.registry import block_keys
 from kvmarket.testing.samples import SPEC, sample_kv, sample_spec, sample_tokens
 
 LARGE = sample_spec(64 << 10)
@@ -94,7 +93,7 @@ async def test_killed_between_look_up_and_read(peers, config, connected):
         fetcher, out = market.core.fetcher, np.empty((4, LARGE.page_bytes), np.uint8)
         for seed in range(DEATHS // 2):
             owner = start_owner(peers, config, LARGE, seed, 4)
-            keys = block_keys(market._hash(sample_tokens(seed, 4), None))
+            keys = market._keys(sample_tokens(seed, 4), None)
             found, _, _ = fetcher.lookup(keys)
             assert found.blocks == 4
             if connected:

@@ -92,7 +92,7 @@ async def test_a_forked_child_never_reads_its_copy_of_private_memory(config):
     async with Marketplace("model", SPEC, config=config) as market:
         pages = KV.copy()
         publisher = market.core.publisher(market.core.lend(PagedMemory.packed(pages)))
-        publisher.offer(block_keys(market._hash(TOKENS, None)), list(range(10)))
+        publisher.offer(market._keys(TOKENS, None), list(range(10)))
         publisher.flush(Deadline(5))
 
         def child():
@@ -116,7 +116,7 @@ async def test_a_forked_child_cannot_use_or_close_its_parents_market(config, pee
 
         def child():
             with pytest.raises(MarketClosedError, match="belongs to the parent"):
-                market._hash(TOKENS, None)
+                market._keys(TOKENS, None)
             with pytest.raises(RegistryError):
                 market.core.registry.epoch(market.namespace.digest)
             market.core.close()

@@ -9,7 +9,7 @@ import pytest
 
 from kvmarket import Marketplace, MissReason
 from kvmarket.region.pages import copy_pages
-from kvmarket.registry.records import NO_DIGEST, block_keys
+from kvmarket.registry.records import NO_DIGEST
 from kvmarket.testing.samples import SPEC, sample_kv, sample_spec, sample_tokens
 
 LARGE = sample_spec(64 << 10)
@@ -94,7 +94,7 @@ async def test_records_without_a_digest_prove_nothing(market_without_digests, co
     async with Marketplace("model", SPEC, config=config) as market:
         report = (await market.fetch(tokens)).report
         assert (report.reason, report.blocks_adopted) == (MissReason.UNVERIFIED, 0)
-        found, _, _ = market.core.fetcher.lookup(block_keys(market._hash(tokens, None)))
+        found, _, _ = market.core.fetcher.lookup(market._keys(tokens, None))
         assert (found.blocks, market.core.fetcher.fresh(found).first_missing) == (4, "unverified")
 
 
@@ -104,7 +104,7 @@ async def market_without_digests(config):
         tokens = sample_tokens(1, 4)
         await market.publish(tokens, sample_kv(tokens))
         registry, digest = market.core.registry, market.namespace.digest
-        keys = block_keys(market._hash(tokens, None))
+        keys = market._keys(tokens, None)
         records = registry.lookup(digest, keys).records.copy()
         records["digest"] = np.void(NO_DIGEST)
         assert registry.announce(digest, registry.epoch(digest), keys, records)
@@ -212,7 +212,7 @@ async def test_a_record_that_names_a_page_of_no_region_is_a_miss(config, peers):
     peer.call(jobs.open_market, config)
     peer.call(jobs.publish, 1, 1)
     async with Marketplace("model", SPEC, config=config) as market:
-        keys = jobs.block_keys(market._hash(sample_tokens(1, 1), None))
+        keys = market._keys(sample_tokens(1, 1), None)
         registry, digest = market.core.registry, market.namespace.digest
         found = registry.lookup(digest, keys)
         for field, value, reason in (
@@ -236,7 +236,7 @@ async def test_a_region_of_another_shape_is_refused(config, peers):
     peer.call(jobs.publish, 1, 1)
     async with Marketplace("model", SPEC, config=config) as market:
         registry = market.core.registry
-        found = registry.lookup(market.namespace.digest, jobs.block_keys(market._hash(sample_tokens(1, 1), None)))
+        found = registry.lookup(market.namespace.digest, market._keys(sample_tokens(1, 1), None))
         owner, region = int(found.records["owner"][0]), int(found.records["region"][0])
         wire = registry.region(owner, region)
         registry.register_region(owner, region, {**wire, "spec": bytes(16)})

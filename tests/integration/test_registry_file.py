@@ -325,7 +325,7 @@ async def test_processes_with_different_limits_share_a_file(config, peers):
         stop = False
 
         def read():
-            keys, count = jobs.block_keys(market._hash(tokens, None)), 0
+            keys, count = market._keys(tokens, None), 0
             while not stop:
                 assert market.core.registry.lookup(market.namespace.digest, keys).blocks == 40
                 count += 1
