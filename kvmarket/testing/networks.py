@@ -72,6 +72,18 @@ def two_hosts() -> Iterator[tuple[str, str]]:
             ip("netns", "del", name)
 
 
+@contextmanager
+def hosts_or_skip() -> Iterator[tuple[str, str]]:
+    """`two_hosts` for a fixture: its tests are skipped, with the reason, where the machine does not allow it."""
+    import pytest
+
+    try:
+        with two_hosts() as names:
+            yield names
+    except NetworksUnavailableError as error:
+        pytest.skip(str(error))
+
+
 def wait_until_up(names: tuple[str, str]) -> None:
     """Wait until the wire carries packets: the kernel activates it up to a second after its ends were set up."""
     limit = time.monotonic() + UP_S

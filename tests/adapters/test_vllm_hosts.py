@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from kvmarket.testing.networks import DEVICES, NetworksUnavailableError, two_hosts
+from kvmarket.testing.networks import DEVICES, hosts_or_skip
 from kvmarket.testing.tiny_models import random_prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed")]
@@ -27,11 +27,8 @@ ENVIRON = {
 
 @pytest.fixture(scope="module")
 def hosts():
-    try:
-        with two_hosts() as names:
-            yield names
-    except NetworksUnavailableError as error:
-        pytest.skip(str(error))
+    with hosts_or_skip() as names:
+        yield names
 
 
 @pytest.fixture(scope="module")

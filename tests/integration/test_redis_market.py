@@ -289,6 +289,16 @@ def test_a_server_without_memory_is_full_not_wrong(tmp_path):
 # ---- users and encryption
 
 
+def take_and_find(registry, digest):
+    """Announce blocks, find them, and close."""
+    registry.open_namespace(digest, {})
+    owner = registry.register_owner(os.urandom(16)).owner
+    assert announce(registry, digest, owner, chain(1, 10))
+    assert registry.lookup(digest, chain(1, 10)).blocks == 10
+    registry.release_owner(owner)
+    registry.close()
+
+
 def test_an_access_controlled_user_by_url(tmp_path):
     rules = "on >pass~word ~kvm:* -@all +@connection +@read +@write +@scripting +time"
     users = tmp_path / "users.acl"
@@ -296,12 +306,7 @@ def test_an_access_controlled_user_by_url(tmp_path):
     with RedisServer(tmp_path, ["--aclfile", str(users)]) as server:
         place = f"127.0.0.1:{server.port}"
         registry, digest = RedisRegistry(f"redis://market:pass~word@{place}"), os.urandom(32)
-        registry.open_namespace(digest, {})
-        owner = registry.register_owner(os.urandom(16)).owner
-        assert announce(registry, digest, owner, chain(1, 10))
-        assert registry.lookup(digest, chain(1, 10)).blocks == 10
-        registry.release_owner(owner)
-        registry.close()
+        take_and_find(registry, digest)
         for user in ("market:wrong@", "nobody:pass~word@", ""):
             refused = RedisRegistry(f"redis://{user}{place}")
             with pytest.raises(NamespaceDeniedError) as error:
@@ -333,12 +338,7 @@ def test_encryption_by_url(tmp_path, certificate):
         pytest.skip("this server is built without TLS")
     with server:
         registry, digest = RedisRegistry(f"{server.url}?ssl_ca_certs={cert}&timeout_s=2"), os.urandom(32)
-        registry.open_namespace(digest, {})
-        owner = registry.register_owner(os.urandom(16)).owner
-        assert announce(registry, digest, owner, chain(1, 10))
-        assert registry.lookup(digest, chain(1, 10)).blocks == 10
-        registry.release_owner(owner)
-        registry.close()
+        take_and_find(registry, digest)
         untrusting = RedisRegistry(f"{server.url}?timeout_s=2")
         with pytest.raises(RegistryUnavailableError, match=r"(?i)certificate"):
             untrusting.lookup(digest, chain(1, 10))

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from ucx_owners import PeerUcxOwner, UcxRegionOwner
+from ucx_owners import PeerUcxOwner, UcxRegionOwner, end_all
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError, TransportUnavailableError
@@ -75,10 +75,7 @@ def setting(peers, monkeypatch):
         return made[-1]
 
     yield make
-    for one in made:
-        if one.owner.peer.running:
-            one.owner.peer.signal(signal.SIGCONT)
-        one.transport.close()
+    end_all(made)
 
 
 @EVERY

@@ -8,7 +8,7 @@ import time
 import pytest
 from ucx_owners import PeerUcxOwner, PeerUcxReader
 
-from kvmarket.testing.networks import ADDRESSES, DEVICES, NetworksUnavailableError, ip, two_hosts, wait_until_up
+from kvmarket.testing.networks import ADDRESSES, DEVICES, hosts_or_skip, ip, wait_until_up
 
 PAGES, PAGE_BYTES = 512, 256 << 10
 OWNER_DEVICE, READER_DEVICE = DEVICES
@@ -17,11 +17,8 @@ OWNER_IP, _ = ADDRESSES
 
 @pytest.fixture
 def hosts():
-    try:
-        with two_hosts() as names:
-            yield names
-    except NetworksUnavailableError as error:
-        pytest.skip(str(error))
+    with hosts_or_skip() as names:
+        yield names
 
 
 @pytest.fixture

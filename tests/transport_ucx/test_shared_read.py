@@ -1,13 +1,12 @@
 """Large reads over CMA lanes, which two threads share: every page once and right, and an end to every failure."""
 
 import os
-import signal
 import threading
 import time
 
 import numpy as np
 import pytest
-from ucx_owners import PeerUcxOwner
+from ucx_owners import PeerUcxOwner, end_all
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError
@@ -67,10 +66,7 @@ def world(peers):
         return made[-1]
 
     yield make
-    for one in made:
-        if one.owner.peer.running:
-            one.owner.peer.signal(signal.SIGCONT)
-        one.transport.close()
+    end_all(made)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Owners that serve through UCX, with `RegionOwner`'s methods, and readers; in this process or in a peer."""
 
 import os
+import signal
 import time
 from dataclasses import replace
 
@@ -121,3 +122,11 @@ class PeerUcxReader:
 
     def result(self):
         return self.peer.result()
+
+
+def end_all(worlds):
+    """Close the `transport` of each, and let an `owner` that a test stopped go on, so that it can be reaped."""
+    for world in worlds:
+        if world.owner.peer.running:
+            world.owner.peer.signal(signal.SIGCONT)
+        world.transport.close()
