@@ -10,7 +10,7 @@ from dataclasses import fields
 import typer
 
 import kvmarket
-from kvmarket.config import MarketConfig
+from kvmarket.config import HIDDEN, MarketConfig
 from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, check_ucx, usage, view_owners
 from kvmarket.diagnosis_peer import parse_address, view_address, view_owner
 from kvmarket.errors import KVMarketError
@@ -68,7 +68,8 @@ def doctor(
         return
     print("\nsettings in force")
     for item in fields(config):
-        value = "(set)" if item.name == "salt" and config.salt else getattr(config, item.name)
+        value = getattr(config, item.name)
+        value = ("(set)" if value else "") if item.name in HIDDEN else value
         value = config.registry_shown if item.name == "registry" else value
         print(f"  {item.metadata['env']:28} {value!r}")
     print(f"  {'runtime directory':28} {config.directory}")
@@ -80,7 +81,7 @@ def doctor(
     print("\nregistry")
     registry = _open(config)
     try:
-        numbers = usage(registry)
+        numbers = usage(registry, config.read_secret().tag)
         limit = f"at most {_size(numbers.limit_bytes)}" if numbers.limit_bytes else "no limit of its own"
         print(f"  {numbers.path}: {_size(numbers.used_bytes)} used, {limit}")
         print(f"  {numbers.blocks} blocks, {numbers.owners} owners of which {numbers.dead_owners} are dead")
@@ -104,8 +105,9 @@ def stats(as_json: bool = typer.Option(False, "--json", help="One JSON object.")
     config = _settings()
     registry = _open(config)
     try:
-        numbers, owners = usage(registry), view_owners(registry, config)
-        namespaces = registry.namespaces(1024)
+        tag = config.read_secret().tag
+        numbers, owners = usage(registry, tag), view_owners(registry, config)
+        namespaces = registry.namespaces(1024, tag=tag)
     finally:
         registry.close()
     if as_json:

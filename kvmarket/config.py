@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
+from kvmarket.secret import Secret
 from kvmarket.server_url import is_server_url, parse_url, without_secrets
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 """What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
 TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc", "ucx")
 UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
+HIDDEN = ("salt", "secret")
+"""Settings whose values are never shown."""
 VERIFY_MODES = ("none", "sampled", "full")
 
 
@@ -98,7 +101,13 @@ def _setting(env: str, default: Any, parse: Callable[[str], Any]) -> Any:
 def _shown(name: str, value: object) -> str:
     if name == "registry" and isinstance(value, str):
         return repr(without_secrets(value))
-    return "(hidden)" if name == "salt" else repr(value)
+    return "(hidden)" if name in HIDDEN else repr(value)
+
+
+def _secret_file(text: str) -> str:
+    if text and not Path(text).is_absolute():
+        raise ValueError("must be an absolute path")
+    return text
 
 
 def default_runtime_dir() -> Path:
@@ -129,7 +138,10 @@ class MarketConfig:
         arena_bytes: memory for blocks published by copy.
         registry_bytes: largest size of the registry file (sparse: it takes what it needs).
         tenant: whose blocks these are; part of the namespace.
-        salt: a secret that keeps tenants apart; part of the namespace, never stored.
+        salt: more of what keeps namespaces apart; never stored.
+        secret: what others lack, 16 bytes or more: nobody else can find, fetch or shadow what is published with it.
+            Text, bytes or `Secret`; it is never shown or pickled.
+        secret_file: the file it is read from instead, when a marketplace opens; mode 0600 or 0640 of this user or root.
     """
 
     transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
@@ -146,19 +158,27 @@ class MarketConfig:
     registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
     tenant: str = _setting("TENANT", "", str)
     salt: str = field(default="", repr=False, metadata={"env": PREFIX + "SALT", "parse": str})
+    secret: Secret = field(default=Secret(), repr=False, metadata={"env": PREFIX + "SECRET", "parse": Secret})
+    secret_file: str = _setting("SECRET_FILE", "", _secret_file)
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
             if type(value) is int and isinstance(item.default, float):
                 object.__setattr__(self, item.name, value := float(value))
+            if item.name == "secret" and isinstance(value, str | bytes):
+                object.__setattr__(self, item.name, value := Secret(value))
             if type(value) is not type(item.default):
                 expected = type(item.default).__name__
                 raise ConfigError(f"MarketConfig.{item.name} must be {expected}, not {_shown(item.name, value)}")
+            if item.name == "secret":
+                continue  # it was checked when it was made
             try:
                 item.metadata["parse"](str(value))
             except ValueError as error:
                 raise ConfigError(f"MarketConfig.{item.name} = {_shown(item.name, value)}: {error}") from error
+        if self.secret and self.secret_file:
+            raise ConfigError("KVMARKET_SECRET and KVMARKET_SECRET_FILE are both set; leave one out")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> MarketConfig:
@@ -181,6 +201,10 @@ class MarketConfig:
             except ValueError as error:
                 raise ConfigError(f"{name}={_shown(item.name, text)}: {error}") from error
         return cls(**{**values, **overrides})
+
+    def read_secret(self) -> Secret:
+        """Return the secret in force, from the file if one is named. Raises `ConfigError`."""
+        return Secret.from_file(Path(self.secret_file)) if self.secret_file else self.secret
 
     @property
     def registry_shown(self) -> str:

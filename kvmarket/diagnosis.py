@@ -84,10 +84,10 @@ def check_ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[str]:
     return said + [f"to change: {text}" for text in facts.advice()]
 
 
-def usage(registry: Registry) -> Usage:
-    """Count what is in a registry that processes share."""
+def usage(registry: Registry, tag: str = "") -> Usage:
+    """Count what is in a registry that processes share, but for namespaces of a secret other than that of `tag`."""
     registry = shared_registry(registry)
-    return Usage(*registry.usage())
+    return Usage(*registry.usage(tag))
 
 
 def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = False) -> list[OwnerView]:

@@ -18,13 +18,14 @@ def explain_nothing_found(registry: Registry, namespace: Namespace) -> tuple[Mis
     """Say why no block at all of a prefix was found in `namespace`.
 
     When nobody publishes in it but somebody does in others, the closest of those is named with the fields that differ:
-    another dtype, another revision, another tenant, another hash seed. A namespace with one publisher (maybe the asker
-    itself) beside one that differs in nothing but hashing is explained, too: two processes that were meant to share.
+    another dtype, another revision, another tenant, another hash seed. Those with another secret are as if they were
+    not there: what is said must not tell what they hold. A namespace with one publisher (maybe the asker itself) beside
+    one that differs in nothing but hashing is explained, too: two processes that were meant to share.
     """
-    known = registry.namespaces(_NAMESPACES_MAX)
-    if not known:
-        return MissReason.NOT_PUBLISHED, "nobody has published anything in this registry"
     mine, digest = namespace.describe(), namespace.digest
+    known = registry.namespaces(_NAMESPACES_MAX, own=digest, tag=namespace.secret.tag)
+    if not known:
+        return MissReason.NOT_PUBLISHED, "nobody has published anything in this registry that may be shown here"
     publishers = sum(len(info.owners) for info in known if info.digest == digest)
     candidates = [describe_differences(mine, info.description) for info in known if info.digest != digest]
     if publishers:

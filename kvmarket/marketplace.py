@@ -79,10 +79,12 @@ class Marketplace:
     ) -> None:
         config = config or MarketConfig.from_env()
         identity = ModelIdentity(model) if isinstance(model, str) else model
-        namespace = Namespace(identity, spec, config.hash, tenant=config.tenant, salt=config.salt.encode())
+        namespace = Namespace(
+            identity, spec, config.hash, tenant=config.tenant, salt=config.salt.encode(), secret=config.read_secret()
+        )
         self._core = MarketCore(namespace, config, registry)
         self._config, self._spec, self._root = config, spec, namespace.digest
-        self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash)
+        self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash, namespace.sealer)
         self._readers = ThreadPoolExecutor(config.fetch_concurrency, "kvmarket-read")
         self._writer = ThreadPoolExecutor(1, "kvmarket-publish")
         self._slots = asyncio.Semaphore(config.fetch_concurrency)

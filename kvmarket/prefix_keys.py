@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmarket.hashing import hash_blocks
-from kvmarket.registry.records import block_keys
+from kvmarket.registry.records import NOT_SEALED, block_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
+
+    from kvmarket.secret import Sealer
 
 PROMPTS_MAX = 8
 TOKENS_MAX = 1 << 17
@@ -38,10 +40,11 @@ class PrefixKeys:
         root: the namespace's digest.
         block_size: tokens per block.
         algorithm: of the block hashes.
+        seal: of a namespace with a secret.
     """
 
-    def __init__(self, root: bytes, block_size: int, algorithm: str) -> None:
-        self._root, self._block_size, self._algorithm = root, block_size, algorithm
+    def __init__(self, root: bytes, block_size: int, algorithm: str, seal: Sealer = NOT_SEALED) -> None:
+        self._root, self._block_size, self._algorithm, self._seal = root, block_size, algorithm, seal
         self._lock = threading.Lock()
         self._prompts: list[_Prompt] = []
 
@@ -54,7 +57,8 @@ class PrefixKeys:
         """
         size, algorithm = self._block_size, self._algorithm
         if extra_keys is not None:
-            return block_keys(hash_blocks(tokens, size, root=self._root, algorithm=algorithm, extra_keys=extra_keys))
+            hashes = hash_blocks(tokens, size, root=self._root, algorithm=algorithm, extra_keys=extra_keys)
+            return block_keys(hashes, seal=self._seal)
         if len(tokens) < size:
             return []
         known, shared = self._longest(tokens)
@@ -64,7 +68,7 @@ class PrefixKeys:
         parent = hashes[-1] if hashes else self._root
         hashes += hash_blocks(tokens[shared * size :], size, root=parent, algorithm=algorithm)
         keys = known.keys[:shared] if known is not None else []
-        keys += block_keys(hashes, shared)
+        keys += block_keys(hashes, shared, self._seal)
         self._remember(tokens, hashes, keys)
         return keys
 

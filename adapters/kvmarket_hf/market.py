@@ -88,9 +88,10 @@ class CacheMarket:
             tenant=self._config.tenant,
             salt=self._config.salt.encode(),
             engine=engine_facts(model),
+            secret=self._config.read_secret(),
         )
         self.core = MarketCore(namespace, self._config)
-        self._prefix_keys = PrefixKeys(namespace.digest, block_size, self._config.hash)
+        self._prefix_keys = PrefixKeys(namespace.digest, block_size, self._config.hash, namespace.sealer)
         self._lock = threading.Lock()
         self._arena: ArenaPublisher | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
@@ -27,11 +28,17 @@ def split_extra_config(extra: dict[str, Any]) -> tuple[MarketConfig, dict[str, s
     """
     own = {key: str(extra[key]) for key in _OWN_KEYS if key in extra}
     settings = {key: value for key, value in extra.items() if key not in _OWN_KEYS}
+    if "secret" in settings:
+        raise ConfigError(
+            "kv_connector_extra_config must not hold a secret, since vLLM logs it; "
+            "name a file in 'secret_file', or set KVMARKET_SECRET_FILE or KVMARKET_SECRET"
+        )
     unknown = sorted(set(settings) - set(MarketConfig.__dataclass_fields__))
     if unknown:
         known = ", ".join([*_OWN_KEYS, *MarketConfig.__dataclass_fields__])
         raise ConfigError(f"unknown kv_connector_extra_config key {unknown[0]!r}; known keys: {known}")
-    return MarketConfig.from_env(**settings), own
+    config = MarketConfig.from_env(**settings)
+    return replace(config, secret=config.read_secret(), secret_file=""), own  # both roles must have the same one
 
 
 def unsupported(vllm_config: Any, kv_cache_config: Any) -> str:
@@ -87,4 +94,5 @@ def namespace(facts: WorkerFacts, algorithm: str, root: bytes, config: MarketCon
         tenant=config.tenant,
         salt=config.salt.encode(),
         engine=facts.engine,
+        secret=config.read_secret(),
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmarket.registry.records import block_key
+from kvmarket.registry.records import NOT_SEALED, block_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvmarket.secret import Sealer
     from kvmarket_vllm.messages import StepPlan
 
 GROUP_SUFFIX = (0).to_bytes(4, "big")
@@ -20,10 +21,14 @@ GROUP_SUFFIX = (0).to_bytes(4, "big")
 
 
 class Offers:
-    """Offered blocks and the block tables of running requests."""
+    """Offered blocks and the block tables of running requests.
 
-    def __init__(self, block_size: int, *, enabled: bool) -> None:
-        self._block_size, self._enabled = block_size, enabled
+    Attributes:
+        seal: what block hashes go through, see `kvmarket.identity.Namespace.sealer`.
+    """
+
+    def __init__(self, block_size: int, *, enabled: bool, seal: Sealer = NOT_SEALED) -> None:
+        self._block_size, self._enabled, self.seal = block_size, enabled, seal
         self._pool: Any = None
         self._hash_map: Any = None
         self._offered: dict[int, bytes] = {}
@@ -108,7 +113,7 @@ class Offers:
                 return  # and so is all that follows
             if self._pool.blocks[block].block_hash != bytes(hashes[index]) + GROUP_SUFFIX:
                 return  # not final after this step (speculation, sampling under way): look again in the next one
-            key = block_key(hashes, index)
+            key = block_key(hashes, index, self.seal)
             if self._offered.get(block) != key:
                 self._offered[block] = key
                 plan.publish.append((key, block))

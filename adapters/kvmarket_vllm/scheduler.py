@@ -16,6 +16,7 @@ import numpy as np
 
 from kvmarket.core import MarketCore
 from kvmarket.errors import DeadlineExceededError, KVMarketError, RegistryError
+from kvmarket.identity import sealer
 from kvmarket.registry import LookupResult
 from kvmarket.registry.records import RECORD, block_key, block_keys
 from kvmarket.report import MissReason
@@ -73,7 +74,7 @@ class SchedulerRole:
         self._matches: dict[str, _Match] = {}
         self._loading: dict[str, tuple[bytes, set[int]]] = {}
         self._failed: set[str] = set()
-        self._offers = Offers(block_size, enabled=publishes)
+        self._offers = Offers(block_size, enabled=publishes, seal=sealer(config.read_secret()))
         self._plan = StepPlan()
         self._logged: dict[str, int] = {}
         self._lookups: Lookups[Searched] = Lookups()
@@ -130,7 +131,7 @@ class SchedulerRole:
         start = num_computed // self._block_size
         if start >= end:
             return 0, False
-        keys = block_keys(request.block_hashes[:end], start)
+        keys = block_keys(request.block_hashes[:end], start, self._offers.seal)
         if any(keys[0] == key for key, _ in self._loading.values()):
             return None, False  # another request is loading this prefix: wait for it and hit locally
         found = self._lookup(cores, keys, request.request_id)
@@ -183,7 +184,7 @@ class SchedulerRole:
         targets = block_ids[match.start : match.start + count]
         self._plan.dirty += self._offers.take_back(targets)
         self._plan.loads.append(Load(request_id, targets, match.found))
-        key = block_key(request.block_hashes, match.start)
+        key = block_key(request.block_hashes, match.start, self._offers.seal)
         self._loading[request_id] = (key, set(targets))
 
     # ---- one step

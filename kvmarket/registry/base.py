@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvmarket.identity import visible_to
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.registry.records import BlockRecords
@@ -43,6 +45,12 @@ class LookupResult:
     records: BlockRecords
     first_missing: str = ""
     owners: dict[int, OwnerInfo] = field(default_factory=dict)
+
+
+def shown(found: Iterable[NamespaceInfo], limit: int, own: bytes, tag: str) -> list[NamespaceInfo]:
+    """Choose those of `found` that `Registry.namespaces` lists."""
+    listed = [info for info in found if info.digest == own or visible_to(tag, info.description)]
+    return sorted(listed, key=lambda info: info.digest != own)[:limit]
 
 
 class Registry(ABC):
@@ -109,8 +117,14 @@ class Registry(ABC):
         """Make every process forget all blocks of the namespace, at once; return the new epoch."""
 
     @abstractmethod
-    def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
-        """List namespaces that have live owners, for explanations."""
+    def namespaces(self, limit: int = 64, *, own: bytes = b"", tag: str = "") -> list[NamespaceInfo]:
+        """List namespaces that have live owners and may be shown, for explanations.
+
+        Args:
+            limit: how many at most.
+            own: the digest of the asker's namespace, which comes first.
+            tag: of the asker's secret: namespaces with another secret are left out.
+        """
 
     @abstractmethod
     def sweep(self) -> int:

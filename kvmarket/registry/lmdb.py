@@ -16,12 +16,15 @@ later.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
-from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
+from kvmarket.identity import visible_to
+from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
     collect,
@@ -61,6 +64,10 @@ _U32 = 4
 
 def _u32(number: int) -> bytes:
     return number.to_bytes(_U32, "big")
+
+
+def _begins(prefix: bytes, key: bytes) -> bool:
+    return key.startswith(prefix)
 
 
 class LmdbRegistry(Registry):
@@ -155,16 +162,16 @@ class LmdbRegistry(Registry):
         data = txn.get(digest, db=self._table("namespaces"))
         return int(unpack("namespace", data).get("epoch", 0)) if data is not None else 0
 
-    def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
+    def namespaces(self, limit: int = 64, *, own: bytes = b"", tag: str = "") -> list[NamespaceInfo]:
         found: list[NamespaceInfo] = []
         with self._file.read() as txn:
             holders = self._owners_by_epoch(txn)
             for digest, data in txn.cursor(self._table("namespaces")):
                 body = unpack("namespace", data)
                 owners = tuple(holders.get(body.get("epoch", 0), ()))
-                if owners and len(found) < limit:
+                if owners:
                     found.append(NamespaceInfo(digest, body.get("description", {}), owners))
-        return found
+        return shown(found, limit, own, tag)
 
     def _owners_by_epoch(self, txn: Transaction) -> dict[int, list[int]]:
         """Live owners of every epoch: one seek per (owner, epoch)."""
@@ -287,15 +294,30 @@ class LmdbRegistry(Registry):
                 if removed < limit:
                     txn.delete(epoch_key, db=self._table("retired"))
 
-    def usage(self) -> tuple[Path, int, int, int, int, int]:
-        """Return path, bytes used, bytes at most, block records, owners, dead owners."""
+    def usage(self, tag: str = "") -> tuple[Path, int, int, int, int, int]:
+        """Return path, bytes used, bytes at most, block records, owners, dead owners.
+
+        Records in namespaces of a secret other than that of `tag` are not counted.
+        """
         env = self._file.env
         with self._file.read() as txn:
             owners = [int.from_bytes(key, "big") for key, _ in txn.cursor(self._table("owners"))]
-            blocks = txn.stat(self._table("blocks"))["entries"]
+            blocks = txn.stat(self._table("blocks"))["entries"] - self._hidden_blocks(txn, tag)
         used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         dead = sum(not self.alive(owner) for owner in owners)
         return self._file.path, used, self._file.limit_bytes, blocks, len(owners), dead
+
+    def _hidden_blocks(self, txn: Transaction, tag: str) -> int:
+        """Count the records of namespaces that who has the secret of `tag` is not shown."""
+        hidden = 0
+        cursor = txn.cursor(self._table("blocks"))
+        for _, data in txn.cursor(self._table("namespaces")):
+            body = unpack("namespace", data)
+            epoch = _u32(body.get("epoch", 0))
+            if visible_to(tag, body.get("description", {})) or not cursor.set_range(epoch):
+                continue
+            hidden += sum(1 for _ in takewhile(partial(_begins, epoch), cursor.iternext(values=False)))
+        return hidden
 
     def live_owners(self) -> list[tuple[OwnerInfo, list[int]]]:
         """Return every live owner with the numbers of its regions."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
-from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
+from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.records import RECORD, BlockRecords
 
@@ -136,14 +136,14 @@ class MemoryRegistry(Registry):
             self._next_epoch += 1
             return namespace.epoch
 
-    def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
+    def namespaces(self, limit: int = 64, *, own: bytes = b"", tag: str = "") -> list[NamespaceInfo]:
         with self._lock:
             found: list[NamespaceInfo] = []
             for digest, namespace in self._namespaces.items():
                 owners = sorted({owner for holders in namespace.blocks.values() for owner in holders})
-                if owners and len(found) < limit:
+                if owners:
                     found.append(NamespaceInfo(digest, namespace.description, tuple(owners)))
-            return found
+            return shown(found, limit, own, tag)
 
     def sweep(self) -> int:
         return 0

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
 from kvmarket.identity import OwnerInfo
+from kvmarket.secret import Sealer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ HEAD_BYTES = 8
 RECORD_BYTES_MAX = 511
 """The longest value the ordered store takes when several owners hold one block."""
 DIGEST_BYTES = 16
+NOT_SEALED = Sealer()
 NO_DIGEST = bytes(DIGEST_BYTES)
 """Stands for "the owner computed none": such a page can only be checked by its generation."""
 _NO_DIGEST = np.void(NO_DIGEST)
@@ -92,8 +94,17 @@ def make_records(
     return records
 
 
-def block_keys(hashes: Sequence[bytes], start: int = 0) -> list[bytes]:
-    """Return the registry key of every block from `start` on, given the hashes of the whole prefix from block 0."""
+def block_keys(hashes: Sequence[bytes], start: int = 0, seal: Sealer = NOT_SEALED) -> list[bytes]:
+    """Return the registry key of every block from `start` on, given the hashes of the whole prefix from block 0.
+
+    Args:
+        hashes: of the blocks.
+        start: the first block that is asked about.
+        seal: of a namespace with a secret, see `kvmarket.identity.Namespace.sealer`.
+    """
+    if seal:
+        first = start - start % RUN_BLOCKS
+        hashes = [*hashes[:first], *map(seal, hashes[first:])]
     keys: list[bytes] = []
     for first in range(start - start % RUN_BLOCKS, len(hashes), RUN_BLOCKS):
         head = hashes[first][:HEAD_BYTES]
@@ -102,9 +113,9 @@ def block_keys(hashes: Sequence[bytes], start: int = 0) -> list[bytes]:
     return keys
 
 
-def block_key(hashes: Sequence[bytes], index: int) -> bytes:
-    """Return the registry key of one block, given the hashes of its prefix from block 0."""
-    return hashes[index - index % RUN_BLOCKS][:HEAD_BYTES] + index.to_bytes(4, "big") + hashes[index]
+def block_key(hashes: Sequence[bytes], index: int, seal: Sealer = NOT_SEALED) -> bytes:
+    """Return the registry key of one block, given the hashes of its prefix from block 0; `seal` as for `block_keys`."""
+    return seal(hashes[index - index % RUN_BLOCKS])[:HEAD_BYTES] + index.to_bytes(4, "big") + seal(hashes[index])
 
 
 def blocks_to_run_end(key: bytes) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
-from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
+from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.records import RECORD, RECORD_BYTES, encode_records, pack, run_length, unpack, unpack_owner
 from kvmarket.registry.redis_batches import batch, batches, decode
 from kvmarket.registry.redis_keeper import Keeper
@@ -135,17 +135,17 @@ class RedisRegistry(Registry):
     def bump_epoch(self, digest: bytes) -> int:
         return self._seen(digest, int(self._writes.run(BUMP, [namespace_key(digest, b"e")], [])))
 
-    def namespaces(self, limit: int = 64) -> list[NamespaceInfo]:
+    def namespaces(self, limit: int = 64, *, own: bytes = b"", tag: str = "") -> list[NamespaceInfo]:
         holders = self._holders()
         found: list[NamespaceInfo] = []
-        digests = list(holders)[:limit]
+        digests = list(holders)
         if not digests:
             return found
         described = self._reads.call(b"HMGET", owners_key(b"d"), *digests)
         for digest, data in zip(digests, described, strict=True):
             body = unpack("namespace", data) if data is not None else {}
             found.append(NamespaceInfo(digest, body.get("description", {}), tuple(sorted(holders[digest]))))
-        return found
+        return shown(found, limit, own, tag)
 
     def _holders(self) -> dict[bytes, list[int]]:
         """Live owners that have entries in the present epoch, by namespace; two questions a living owner."""
@@ -256,8 +256,12 @@ class RedisRegistry(Registry):
     def sweep(self) -> int:
         return self._owners.fence_dead()
 
-    def usage(self) -> tuple[str, int, int, int, int, int]:
-        """Return the server, bytes it uses and may use (0: no limit), entries of living owners, owners, dead owners."""
+    def usage(self, tag: str = "") -> tuple[str, int, int, int, int, int]:
+        """Return the server, bytes it uses and may use (0: no limit), entries of living owners, owners, dead owners.
+
+        Entries in namespaces of a secret other than that of `tag` are not counted.
+        """
+        listed = {info.digest for info in self.namespaces(EPOCHS_KNOWN_MAX, tag=tag)}
         lines = self._reads.call(b"INFO", b"memory").decode().split()
         memory = dict(line.split(":", 1) for line in lines if ":" in line)
         numbers = self._reads.call(b"SMEMBERS", owners_key(b"s"))
@@ -266,7 +270,8 @@ class RedisRegistry(Registry):
         for number in living:
             for pair in self._reads.call(b"SMEMBERS", owners_key(b"n", number)):
                 epoch = int.from_bytes(pair[DIGEST_BYTES:], "big")
-                entries += self._reads.call(b"SCARD", namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number))
+                if pair[:DIGEST_BYTES] in listed:
+                    entries += self._reads.call(b"SCARD", namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number))
         used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
         return self.shown, used, limit, entries, len(numbers), len(numbers) - len(living)
 

@@ -312,6 +312,17 @@ class RegistryConformance(ABC):
         registry.withdraw(others[0], second, chain(0, 1))
         assert others[0] not in {info.digest for info in registry.namespaces()}
 
+    def test_namespaces_of_another_secret_are_not_listed(self, registry: Registry, namespace: bytes) -> None:
+        owner, mine, theirs, unknown = self.new_owner(registry), *(os.urandom(32) for _ in range(3))
+        for digest, description in ((mine, {"secret": "aa"}), (theirs, {"secret": "bb"}), (unknown, {})):
+            registry.open_namespace(digest, description)
+            assert announce(registry, digest, owner, chain(1, 2))
+        assert registry.namespaces() == []
+        assert announce(registry, namespace, owner, chain(1, 2))
+        assert {info.digest for info in registry.namespaces()} == {namespace}
+        assert {info.digest for info in registry.namespaces(tag="aa")} == {namespace, mine}
+        assert [info.digest for info in registry.namespaces(1, own=theirs)] == [theirs], "one's own comes first"
+
     def test_a_new_epoch_forgets_every_block_at_once(self, registry: Registry, namespace: bytes) -> None:
         owner, keys, other = self.new_owner(registry), chain(1, 50), os.urandom(32)
         registry.open_namespace(other, {})

@@ -164,3 +164,24 @@ def test_a_request_salt_separates_requests_not_replicas(fleet, publishers, truth
     ]
     reader.close()
     assert external == [0, 0, HIT_TOKENS]
+
+
+def test_replicas_with_a_secret_share_among_themselves_alone(fleet, publishers, prompt, right, tmp_path):
+    secret = "not to be shown either, and long"  # noqa: S105 - of this test
+    path = tmp_path / "secret"
+    path.write_text(secret + "\n")
+    path.chmod(0o600)
+    owner, reader = fleet.start_all({"extra": {"secret_file": str(path)}}, env(KVMARKET_SECRET=secret))
+    (answer,) = reader.generate([prompt], max_tokens=ANSWER_TOKENS)  # which others have published, without a secret
+    assert (answer.external_tokens, answer.tokens) == (0, right)
+    (line,) = explanations(reader)
+    assert re.search(r"differs in secret: '\w+' here, '\(absent\)' there", line)
+    own = random_prompt(PROMPT_TOKENS, seed=6200)
+    fleet.publish(owner, [own])
+    assert reader.generate([own], max_tokens=ANSWER_TOKENS)[0].external_tokens == HIT_TOKENS
+    (stranger, _), said = publishers, len(explanations(publishers[0]))
+    assert stranger.generate([own], max_tokens=ANSWER_TOKENS)[0].external_tokens == 0
+    assert len(explanations(stranger)) == said, "it is not told that there is another namespace"
+    for replica in (owner, reader):
+        assert secret not in replica.log_path.read_text()
+        replica.close()

@@ -26,7 +26,7 @@ def publish(registry, namespace):
 def test_an_empty_registry(registry):
     assert explain_nothing_found(registry, MINE) == (
         MissReason.NOT_PUBLISHED,
-        "nobody has published anything in this registry",
+        "nobody has published anything in this registry that may be shown here",
     )
 
 

@@ -79,7 +79,7 @@ def test_extra_config_is_settings_and_identity(monkeypatch):
     assert split_extra_config({"tenant": "from vLLM"})[0].tenant == "from vLLM"
 
 
-@pytest.mark.parametrize("extra", [{"verfy": "full"}, {"verify": "mostly"}, {"salt": 5}])
+@pytest.mark.parametrize("extra", [{"verfy": "full"}, {"verify": "mostly"}, {"salt": 5}, {"secret": "x" * 32}])
 def test_bad_extra_config_is_named(extra):
     with pytest.raises(ConfigError, match=next(iter(extra))):
         split_extra_config(extra)

@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
 
+from kvmarket.identity import sealer
 from kvmarket.registry.records import block_key
+from kvmarket.secret import Secret
 from kvmarket_vllm.messages import StepPlan
 from kvmarket_vllm.offers import GROUP_SUFFIX, Offers
 
@@ -185,3 +187,15 @@ def test_a_request_that_runs_while_everything_is_voided_offers_no_more(scheduler
     scheduler.request("a", 12)
     scheduler.cache("a", [5, 6, 7], 12)
     assert scheduler.step(cached=[("a", [7], 6)], scheduled={"a": 6}).publish == []
+
+
+def test_a_secret_seals_what_is_offered():
+    seal = sealer(Secret("a secret of this test"))
+    scheduler = Scheduler()
+    scheduler.offers.seal = seal
+    scheduler.request("a", 8)
+    scheduler.cache("a", [3, 4], 8)
+    plan = scheduler.step(new=[("a", [3, 4], 0)], scheduled={"a": 8})
+    keys = [key for key, _ in plan.publish]
+    assert keys == [block_key(scheduler.requests["a"].block_hashes, index, seal) for index in range(2)]
+    assert not set(keys) & {scheduler.key("a", index) for index in range(2)}
