@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
+from kvmarket.logs import FORMATS as LOG_FORMATS
 from kvmarket.secret import Secret
 from kvmarket.server_url import is_server_url, parse_url, without_secrets
 
@@ -88,6 +89,27 @@ def _registry(text: str) -> str:
     )
 
 
+def listening_address(text: str) -> tuple[str, int]:
+    """Return host and port of ``PORT`` (of the loopback address), ``HOST:PORT`` or ``[IPv6]:PORT``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, separator, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) >= 1 << 16 or (separator and not host):
+        raise ValueError("must be PORT, HOST:PORT or [IPv6]:PORT")
+    host = host or "127.0.0.1"
+    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
+        raise ValueError("an IPv6 address must be in brackets")
+    return host.strip("[]"), int(port)
+
+
+def _metrics(text: str) -> str:
+    if text:
+        listening_address(text)
+    return text
+
+
 def _addresses(text: str) -> str:
     for item in filter(None, text.split(",")):
         ipaddress.ip_address(item.strip())
@@ -137,6 +159,9 @@ class MarketConfig:
         fetch_concurrency: fetches that may run at once; more wait.
         arena_bytes: memory for blocks published by copy.
         registry_bytes: largest size of the registry file (sparse: it takes what it needs).
+        metrics: where to serve metrics for Prometheus: ``PORT`` (of the loopback address), ``HOST:PORT``; empty for
+            nowhere. All marketplaces of a process with the same address share one endpoint.
+        log_format: ``text``, or ``json`` for one object a line; for the whole process.
         tenant: whose blocks these are; part of the namespace.
         salt: more of what keeps namespaces apart; never stored.
         secret: what others lack, 16 bytes or more: nobody else can find, fetch or shadow what is published with it.
@@ -156,6 +181,8 @@ class MarketConfig:
     fetch_concurrency: int = _setting("FETCH_CONCURRENCY", 4, _count(1, 256))
     arena_bytes: int = _setting("ARENA_BYTES", 256 << 20, _size(4096, 1 << 44))
     registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
+    metrics: str = _setting("METRICS", "", _metrics)
+    log_format: str = _setting("LOG_FORMAT", "text", _one_of(*LOG_FORMATS))
     tenant: str = _setting("TENANT", "", str)
     salt: str = field(default="", repr=False, metadata={"env": PREFIX + "SALT", "parse": str})
     secret: Secret = field(default=Secret(), repr=False, metadata={"env": PREFIX + "SECRET", "parse": Secret})
@@ -205,6 +232,10 @@ class MarketConfig:
     def read_secret(self) -> Secret:
         """Return the secret in force, from the file if one is named. Raises `ConfigError`."""
         return Secret.from_file(Path(self.secret_file)) if self.secret_file else self.secret
+
+    def tenancy(self) -> dict[str, Any]:
+        """Return what the settings add to a `Namespace`: tenant, salt and secret. Raises `ConfigError`."""
+        return {"tenant": self.tenant, "salt": self.salt.encode(), "secret": self.read_secret()}
 
     @property
     def registry_shown(self) -> str:

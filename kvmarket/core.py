@@ -6,12 +6,12 @@ thread-safe.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmarket.config import MarketConfig
+from kvmarket.config import MarketConfig, listening_address
 from kvmarket.digest import default_digest
 from kvmarket.errors import (
     InvalidInputError,
@@ -21,6 +21,7 @@ from kvmarket.errors import (
     RegistryUnavailableError,
 )
 from kvmarket.fetch import Fetcher
+from kvmarket.logs import Log, set_format
 from kvmarket.metrics import Metrics
 from kvmarket.publish import Publisher
 from kvmarket.reach import Listeners, make_transports
@@ -34,12 +35,13 @@ from kvmarket.transport.inproc import local_regions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvmarket.exporter import Endpoint
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory
 
 
-logger = logging.getLogger(__name__)
+events = Log(__name__)
 
 
 class MarketCore:
@@ -59,7 +61,8 @@ class MarketCore:
     ) -> None:
         self.namespace, self._digest = namespace, namespace.digest
         self.config = config or MarketConfig.from_env()
-        self.metrics = Metrics()
+        set_format(self.config.log_format)
+        self.metrics, self._endpoint = Metrics(), self._make_endpoint()
         self._owns_registry = registry is None
         self.registry = registry if registry is not None else open_registry(self.config)
         self._incarnation, self._pid = os.urandom(16), os.getpid()
@@ -79,12 +82,37 @@ class MarketCore:
         auto, local = self.config.transport == "auto", self.registry.local
         self._listeners = Listeners(transports, auto=auto, this_host_only=local)
         self.fetcher = Fetcher(namespace, self.registry, self.transports, self.config, self.metrics)
+        self._measure()
+
+    def _make_endpoint(self) -> Endpoint | None:
+        if not self.config.metrics:
+            return None
+        from kvmarket.exporter import endpoint
+
+        return endpoint(*listening_address(self.config.metrics))
+
+    def _measure(self) -> None:
+        """Name what can be read at any time, and serve it where that is asked for."""
+        self.metrics.gauge("marketplaces", lambda: 1)
+        self.metrics.gauge("epoch", self.epoch_hint)
+        for name in ("announce_queue", "announce_backlog", "offered_blocks"):
+            self.metrics.gauge(name, partial(self._of_publishers, name))
+        if self._endpoint is not None:
+            self._endpoint.attach(self.sources)
+
+    def _of_publishers(self, name: str) -> int:
+        return sum(publisher.waiting[name] for publisher in list(self._publishers))
+
+    @property
+    def sources(self) -> tuple[Metrics, Metrics]:
+        """What this marketplace counts, and what its registry does; see `kvmarket.exporter.MarketCollector`."""
+        return self.metrics, self.registry.metrics
 
     def _open(self) -> None:
         try:
             self.registry.sweep()
         except RegistryUnavailableError as error:  # what the dead left behind only takes room: look-ups skip it
-            logger.warning("kvmarket: the registry is not swept: %s", error)
+            events.warning("not_swept", "the registry is not swept", error=error)
         self.registry.open_namespace(self._digest, self.namespace.describe())
 
     @property
@@ -182,6 +210,8 @@ class MarketCore:
             if self._closed or self._pid != os.getpid():
                 return
             self._closed = True
+        if self._endpoint is not None:
+            self._endpoint.detach(self.sources)
         for publisher in self._publishers:
             publisher.close()
         self.fetcher.close()
@@ -193,7 +223,7 @@ class MarketCore:
             try:
                 self.registry.release_owner(self._owner.owner)
             except RegistryError as error:  # its lock is gone, so its records are dead, and swept later
-                logger.warning("kvmarket: the registry keeps records of a closed marketplace: %s", error)
+                events.warning("not_released", "the registry keeps records of a closed marketplace", error=error)
         if self._owns_registry:
             self.registry.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,18 @@ class Fetcher:
 
         Never raises for a bad registry: that is a miss, too.
         """
+        answer = self._lookup(keys)
+        self._metrics.add(lookups=1)
+        if answer[1] is not MissReason.NONE:
+            self._metrics.add_reason("misses", answer[1])
+        return answer
+
+    def _lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
+        began = time.perf_counter() if self._metrics.timed else 0.0
         try:
             result = self._registry.lookup(self._digest, keys)
+            if began:
+                self._metrics.observe("lookup_seconds", time.perf_counter() - began)
             if result.blocks == len(keys):
                 return result, MissReason.NONE, ""
             if result.blocks == 0 and result.first_missing == "not_published":
@@ -183,6 +194,7 @@ class Fetcher:
             elif isinstance(error, _UnverifiedError):
                 outcome.reason = MissReason.UNVERIFIED
             outcome.detail = f"{owner}: {error}"
+            self._metrics.add_reason("connections_failed", outcome.reason)
             return 0
         finally:
             outcome.stages["connect"] += time.perf_counter() - began
@@ -207,22 +219,28 @@ class Fetcher:
         except (PeerGoneError, TransferError) as error:
             self._transports.forget(owner)
             outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner}: {error}"
+            self._metrics.add_reason("connections_failed", outcome.reason)
             return 0
         verify_s = verification.seconds / reading.threads
         outcome.stages["verify"] += verify_s
         outcome.stages["read"] += report.seconds - verify_s
         outcome.blocks_verified += verification.blocks
-        refused = report.refused
+        refused = self._counted(report).refused
         good = min(refused, default=len(run))
         if good < len(run):
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
-            for reason in refused.values():
-                self._metrics.add_reason("blocks_refused", reason)
         outcome.blocks += good
         outcome.transfers.append(report)
         outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
         return good
+
+    def _counted(self, report: TransferReport) -> TransferReport:
+        """Count what a read moved and what it refused; returns the report."""
+        self._metrics.add_read(report.transport, report.path, report.nbytes)
+        for reason, number in Counter(report.refused.values()).items() if report.refused else ():
+            self._metrics.add_reason("blocks_refused", reason, number)
+        return report
 
     def _connect(self, owner: OwnerInfo, region_id: int) -> Connection:
         def describe() -> RegionDescriptor:

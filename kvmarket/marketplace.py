@@ -79,9 +79,7 @@ class Marketplace:
     ) -> None:
         config = config or MarketConfig.from_env()
         identity = ModelIdentity(model) if isinstance(model, str) else model
-        namespace = Namespace(
-            identity, spec, config.hash, tenant=config.tenant, salt=config.salt.encode(), secret=config.read_secret()
-        )
+        namespace = Namespace(identity, spec, config.hash, **config.tenancy())
         self._core = MarketCore(namespace, config, registry)
         self._config, self._spec, self._root = config, spec, namespace.digest
         self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash, namespace.sealer)
@@ -319,14 +317,16 @@ class Marketplace:
     def _report(
         self, tokens: int, blocks_asked: int, found: LookupResult, outcome: Outcome, stages: dict[str, float]
     ) -> FetchReport:
-        metrics = self._core.metrics
-        metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=outcome.blocks * self._spec.block_size)
+        metrics, adopted = self._core.metrics, outcome.blocks * self._spec.block_size
+        metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=adopted)
         if outcome.reason is not MissReason.NONE:
             metrics.add_reason("fetch_ended", outcome.reason)
+        if metrics.timed:
+            metrics.observe_phases("fetch_seconds", stages)
         return FetchReport(
             tokens_asked=tokens,
             tokens_matched=found.blocks * self._spec.block_size,
-            tokens_adopted=outcome.blocks * self._spec.block_size,
+            tokens_adopted=adopted,
             blocks_adopted=outcome.blocks,
             blocks_verified=outcome.blocks_verified,
             nbytes=outcome.blocks * self._spec.page_bytes,

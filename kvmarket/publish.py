@@ -6,7 +6,6 @@ returns; the same thread withdraws their records. A page is never announced unde
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -26,6 +25,7 @@ from kvmarket.errors import (
     RegistryFullError,
     RegistryUnavailableError,
 )
+from kvmarket.logs import Log
 from kvmarket.registry.records import make_records
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvmarket.region.region import LentRegion
     from kvmarket.registry import Registry
 
-logger = logging.getLogger(__name__)
+events = Log(__name__)
 
 BATCH_PAGES = 256
 """Pages announced per registry transaction."""
@@ -90,6 +90,15 @@ class Publisher:
         self._backlog: Backlog[_Job] = Backlog()
         self._thread = threading.Thread(target=self._run, name="kvmarket-announce", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How much waits for the announcing thread and for the registry, in batches, and what is offered, in blocks."""
+        return {
+            "announce_queue": self._queue.qsize(),
+            "announce_backlog": len(self._backlog),
+            "offered_blocks": len(self._page_of),
+        }
 
     def page_of(self, key: bytes) -> int | None:
         """Return the page under which a block is offered, or None."""
@@ -286,7 +295,7 @@ class Publisher:
                     return False
                 time.sleep(POLL_S)
         except RuntimeError as error:  # what torch and cupy make of CUDA's errors
-            logger.warning("kvmarket: blocks are not announced, their kernels failed: %s", error)
+            events.warning("kernels_failed", "blocks are not announced, their kernels failed", error=error)
             return False
         return True
 
@@ -312,11 +321,12 @@ class Publisher:
     def _failed(self, jobs: list[_Job], error: KVMarketError) -> None:
         """Keep for later what nobody waits for, if the registry is only away; take the rest back."""
         if not self._failed_before:
-            logger.warning("kvmarket: blocks are not announced: %s", error)
+            events.warning("not_announced", "blocks are not announced", error=error)
         self._failed_before = True
         away = isinstance(error, RegistryUnavailableError) and not isinstance(error, RegistryFullError)
         for job in jobs:
             if away and job.generations is not None and job.done is None and self._backlog.add(job):
+                self._metrics.add(announcements_postponed=len(job.keys))
                 continue
             self._metrics.add(announcements_failed=len(job.keys))
             with self._lock:
@@ -340,7 +350,11 @@ class Publisher:
         records = make_records(self._owner.owner, self._region.region_id, pages[current], generations[current], digests)
         if not keys:
             return 0
-        if not self._registry.announce(self._digest, epoch, keys, records):
+        began = time.perf_counter()
+        current_epoch = self._registry.announce(self._digest, epoch, keys, records)
+        if self._metrics.timed:
+            self._metrics.observe("announce_seconds", time.perf_counter() - began)
+        if not current_epoch:
             self._metrics.add(epochs_observed=1)
             with self._lock:
                 overtaken = self._epoch == epoch  # else this process bumped it, and what it offered since then is good

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import TYPE_CHECKING
 
 from kvmarket.errors import MissingExtraError, TransportUnavailableError
+from kvmarket.logs import Log
 from kvmarket.registry.host import boot_id, pid_namespace
 from kvmarket.transport.base import ServingTransport
 from kvmarket.transport.cuda_ipc import CudaIpcTransport
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvmarket.region.region import LentRegion
     from kvmarket.transport.base import Transport
 
-logger = logging.getLogger(__name__)
+events = Log(__name__)
 
 
 def has_ucx() -> bool:
@@ -89,7 +89,9 @@ class Listeners:
             except TransportUnavailableError as error:
                 if not self._auto:
                     raise
-                logger.warning("kvmarket: other hosts cannot fetch from here: %s", error)
+                events.warning(
+                    "not_listening", "other hosts cannot fetch from here", transport=server.scheme, error=error
+                )
                 self._servers.remove(server)
         return found
 

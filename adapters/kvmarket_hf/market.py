@@ -85,10 +85,8 @@ class CacheMarket:
             identity or model_identity(model),
             self._spec,
             self._config.hash,
-            tenant=self._config.tenant,
-            salt=self._config.salt.encode(),
             engine=engine_facts(model),
-            secret=self._config.read_secret(),
+            **self._config.tenancy(),
         )
         self.core = MarketCore(namespace, self._config)
         self._prefix_keys = PrefixKeys(namespace.digest, block_size, self._config.hash, namespace.sealer)

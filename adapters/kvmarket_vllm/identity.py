@@ -91,8 +91,6 @@ def namespace(facts: WorkerFacts, algorithm: str, root: bytes, config: MarketCon
         spec=KVCacheSpec(**facts.spec),
         algorithm=algorithm,
         root=root,
-        tenant=config.tenant,
-        salt=config.salt.encode(),
         engine=facts.engine,
-        secret=config.read_secret(),
+        **config.tenancy(),
     )

@@ -6,7 +6,6 @@ before vLLM learns of it, and what is not proven is reported as not loaded, whic
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -18,6 +17,7 @@ import numpy as np
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import KVMarketError
+from kvmarket.logs import Log, where
 
 if TYPE_CHECKING:
     from kvmarket.core import MarketCore
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvmarket_vllm.messages import Load, Rank
     from kvmarket_vllm.stats import Deltas
 
-logger = logging.getLogger("vllm.kvmarket")
+events = Log("vllm.kvmarket")
 
 INLINE_BYTES_MAX = 64 << 20
 """Loads up to this size run on the engine's thread when it has nothing else to do: a thread hop would take longer."""
@@ -84,15 +84,14 @@ class Loader:
             wanted = replace(found, blocks=len(targets), records=found.records[found.records["block"] < len(targets)])
             outcome = self._core.fetcher.read(wanted, self._pages, targets, deadline)
             blocks = outcome.blocks
-            for transfer in outcome.transfers:
-                self._deltas.add_labelled("transport_bytes", transfer.transport, transfer.nbytes)
-                self._deltas.add_labelled("path_bytes", transfer.path, transfer.nbytes)
             if blocks < len(targets):
-                logger.info("kvmarket: %s of %s blocks loaded: %s", blocks, len(targets), outcome.detail)
+                events.info(
+                    "loaded_less", "not all blocks were loaded", loaded=blocks, of=len(targets), why=outcome.detail
+                )
         except KVMarketError as error:
-            logger.warning("kvmarket: a load failed and is recomputed: %s", error)
-        except Exception:  # the engine waits for this request: whatever happened, it must hear of it
-            logger.exception("kvmarket: a load failed and is recomputed")
+            events.warning("load_failed", "a load failed and is recomputed", error=error)
+        except Exception as error:  # noqa: BLE001 - the engine waits for this request: it must hear of it
+            events.error("load_broke", "a load failed and is recomputed", error=repr(error), at=where(error))
             self._deltas.add(errors=1)
         self._deltas.add(load_seconds=time.perf_counter() - began)
         self._report(load, blocks)

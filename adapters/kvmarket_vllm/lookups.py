@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvmarket.errors import DeadlineExceededError, KVMarketError
+from kvmarket.logs import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-logger = logging.getLogger("vllm.kvmarket")
+events = Log("vllm.kvmarket")
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Lookups(Generic[T]):
             try:
                 asked.answer = asked.work()
             except KVMarketError as error:
-                logger.warning("kvmarket: a look-up failed: %s", error)
+                events.warning("lookup_failed", "a look-up failed", error=error)
             finally:
                 asked.done.set()
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.kvmarket")
 
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
+_COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 
 
@@ -198,7 +199,7 @@ class WorkerRole:
         if market is not None:
             counts = market.core.metrics.snapshot()
             for name, value in counts.items():
-                if name in _COUNTED or name.startswith("blocks_refused{"):
+                if name in _COUNTED or name.startswith(_COUNTED_BY):
                     if delta := value - self._counted.get(name, 0):
                         self.deltas.add(**{name: delta})
                     self._counted[name] = value

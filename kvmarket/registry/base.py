@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from kvmarket.identity import OwnerInfo
+    from kvmarket.metrics import Metrics
     from kvmarket.registry.records import BlockRecords
 
 
@@ -57,6 +58,8 @@ class Registry(ABC):
     """Who holds which block."""
 
     scheme: str
+    metrics: Metrics
+    """What this object has counted, see `kvmarket.metric_families`."""
     local: bool
     """True when look-ups take microseconds and never block, so that an event loop may call them directly."""
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.identity import visible_to
+from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
@@ -77,6 +78,7 @@ class LmdbRegistry(Registry):
     local = True
 
     def __init__(self, directory: Path, *, map_bytes: int = 1 << 30) -> None:
+        self.metrics = Metrics()
         self._file = acquire_file(directory, map_bytes)
         self._sweep_keys = max(1, min(SWEEP_KEYS_MAX, self._file.limit_bytes // SWEEP_BYTES_PER_KEY))
         self._owner_cache: dict[int, OwnerInfo] = {}
@@ -252,6 +254,7 @@ class LmdbRegistry(Registry):
         for owner in dead:
             self._fence(owner)
             self._file.locks.forget(owner)
+            self.metrics.add(owners_fenced=1)
         for owner in set(self._file.locks.owners_on_disk()) - set(known):
             if not self.alive(owner):
                 self._file.locks.forget(owner)

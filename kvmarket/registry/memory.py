@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.errors import RegistryProtocolError
+from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.records import RECORD, BlockRecords
@@ -33,6 +34,7 @@ class MemoryRegistry(Registry):
     local = True
 
     def __init__(self) -> None:
+        self.metrics = Metrics()
         self._lock = threading.Lock()
         self._owners: dict[int, OwnerInfo] = {}
         self._regions: dict[tuple[int, int], dict[str, Any]] = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
+from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.records import RECORD, RECORD_BYTES, encode_records, pack, run_length, unpack, unpack_owner
 from kvmarket.registry.redis_batches import batch, batches, decode
@@ -47,17 +48,23 @@ class RedisRegistry(Registry):
     local = False
 
     def __init__(self, url: str) -> None:
+        self.metrics = Metrics()
         self.options = parse_url(url)
         self.shown = without_secrets(url)
         self._keeper = Keeper(self._beat, self.options.lease_s / 3)
-        self._gate = Gate(self._keeper.wake, self._keeper.leaves_it_to_caller)
+        self._gate = Gate(self._server_failed, self._keeper.leaves_it_to_caller)
+        self.metrics.gauge("registry_away", lambda: self._gate.is_open)
         self._reads = Link(self.options.url, self.shown, self.options.timeout_s, self._gate)
         self._writes = Link(self.options.url, self.shown, self.options.write_timeout_s, self._gate)
-        self._owners = Owners(self._writes, self.options)
+        self._owners = Owners(self._writes, self.options, metrics=self.metrics)
         self._lock = threading.Lock()
         self._infos: dict[bytes, OwnerInfo] = {}
         self._epochs: dict[bytes, int] = {}
         self._opened: dict[bytes, dict[str, Any]] = {}
+
+    def _server_failed(self) -> None:
+        self.metrics.add(server_failures=1)
+        self._keeper.wake()
 
     # ---- owners
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import TYPE_CHECKING
+
+from kvmarket.logs import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
+events = Log(__name__)
 
 STOP_WAIT_S = 5.0
 
@@ -59,11 +60,10 @@ class Keeper:
             retry_s = self._beat()
             if bool(retry_s) != failing:
                 failing = bool(retry_s)
-                logger.warning(
-                    "kvmarket: the registry server is away; it is asked again and again"
-                    if failing
-                    else "kvmarket: the registry server is back"
-                )
+                if failing:
+                    events.warning("server_away", "the registry server is away; it is asked again and again")
+                else:
+                    events.warning("server_back", "the registry server is back")
             pause = min(retry_s or self._interval_s, self._interval_s)
 
     def stop(self) -> None:

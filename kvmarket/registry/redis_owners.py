@@ -15,6 +15,7 @@ from kvmarket.errors import (
     RegistryProtocolError,
     RegistryUnavailableError,
 )
+from kvmarket.metrics import Metrics
 from kvmarket.registry.host import this_process
 from kvmarket.registry.leases import Lease, Space
 from kvmarket.registry.records import pack_owner
@@ -53,6 +54,7 @@ class Owners:
         link: to the server.
         options: limits.
         clock: seconds; `pick`: an owner number, 32 bits; both for tests that make their own.
+        metrics: where to count.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Owners:
         options: ServerUrl,
         clock: Callable[[], float] = time.monotonic,
         pick: Callable[[], int] = lambda: secrets.randbits(32),
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._link, self._options, self._clock, self._pick = link, options, clock, pick
         self._lease_ms = int(options.lease_s * 1000)
         self._lock = threading.Lock()
@@ -231,6 +235,7 @@ class Owners:
                 listed = (b"SADD", owners_key(b"s"), lease.number)  # also where the server has lost just this
                 replies = self._link.send([listed, *renewals])[1:]
                 lease.answered([self._link.checked(reply) for reply in replies])
+                self._metrics.add(lease_renewals=int(not lease.lost))
             if lease.lost:
                 self.start_over(lease)
             while lease.old:
@@ -245,6 +250,7 @@ class Owners:
             RegistryError: not all of it is announced; the next heartbeat tries again, under yet another number.
         """
         lease.begin(self._new_number(lease.body))
+        self._metrics.add(leases_expired=1)
         lease.lost = True
         for region_id in lease.regions:
             self._tell_region(lease, region_id)
@@ -252,6 +258,7 @@ class Owners:
             with contextlib.suppress(_EpochMovedError):  # who announces next is told, and forgets what it published
                 if not self._tell_again(lease, digest, space, list(space.entries)):
                     raise LeaseExpiredError("the lease ran out while everything was announced again")
+                self._metrics.add(blocks_reannounced=len(space.entries))
         lease.lost = False
 
     def _tell_again(self, lease: Lease, digest: bytes, space: Space, keys: Sequence[bytes]) -> bool:
@@ -318,7 +325,9 @@ class Owners:
             return 0
         alive = self._link.send([(b"EXISTS", owners_key(b"l", number)) for number in numbers])
         dead = [n for n, reply in zip(numbers, alive, strict=True) if not self._link.checked(reply)]
-        return sum(self.fence(number) for number in dead)
+        fenced = sum(self.fence(number) for number in dead)
+        self._metrics.add(owners_fenced=fenced)
+        return fenced
 
 
 class _EpochMovedError(RegistryError):

@@ -179,9 +179,9 @@ def test_replicas_with_a_secret_share_among_themselves_alone(fleet, publishers, 
     own = random_prompt(PROMPT_TOKENS, seed=6200)
     fleet.publish(owner, [own])
     assert reader.generate([own], max_tokens=ANSWER_TOKENS)[0].external_tokens == HIT_TOKENS
-    (stranger, _), said = publishers, len(explanations(publishers[0]))
+    stranger, _ = publishers
     assert stranger.generate([own], max_tokens=ANSWER_TOKENS)[0].external_tokens == 0
-    assert len(explanations(stranger)) == said, "it is not told that there is another namespace"
+    assert not [line for line in explanations(stranger) if "secret" in line], "nor is it told that there is something"
     for replica in (owner, reader):
         assert secret not in replica.log_path.read_text()
         replica.close()

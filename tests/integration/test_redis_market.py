@@ -18,12 +18,12 @@ from kvmarket.registry.redis import RedisRegistry
 from kvmarket.report import MissReason
 from kvmarket.testing.redis_server import WHERE_FROM, RedisServer, find_server
 from kvmarket.testing.sample_records import announce, chain, rows
+from kvmarket.testing.waiting import until
 
 pytestmark = pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
 
 LEASE_S = 3.0
 TIMEOUT_S = 5.0  # machines that run tests are busy
-BACK_WITHIN_S = 20.0
 BLOCKS = 12
 
 
@@ -49,14 +49,6 @@ def market(peers, config):
     peer = peers.spawn()
     peer.call(jobs.open_market, config)
     return peer
-
-
-def until(check, what, limit_s=BACK_WITHIN_S):
-    end = time.monotonic() + limit_s
-    while not (found := check()):
-        assert time.monotonic() < end, f"not within {limit_s} s: {what}"
-        time.sleep(0.05)
-    return found
 
 
 def fetched(peer, seed, blocks=BLOCKS):

@@ -22,6 +22,8 @@ GOOD = {
     "KVMARKET_REGISTRY_BYTES": ("64m", "registry_bytes", 64 << 20),
     "KVMARKET_TENANT": ("acme", "tenant", "acme"),
     "KVMARKET_SALT": ("s3cret", "salt", "s3cret"),
+    "KVMARKET_METRICS": ("[::1]:9400", "metrics", "[::1]:9400"),
+    "KVMARKET_LOG_FORMAT": ("json", "log_format", "json"),
     "KVMARKET_SECRET": ("sixteen bytes or more", "secret", Secret("sixteen bytes or more")),
     "KVMARKET_SECRET_FILE": ("/run/secrets/x", "secret_file", "/run/secrets/x"),
 }
@@ -37,6 +39,8 @@ BAD = {
     "KVMARKET_FETCH_CONCURRENCY": ["", "0", "257", "1.5", "four"],
     "KVMARKET_ARENA_BYTES": ["", "0", "4095", "-1m", "1e3", "lots", "m", "infg", "nank", "16385g", "1 megabyte"],
     "KVMARKET_REGISTRY_BYTES": ["1", "1023k", "2t"],
+    "KVMARKET_METRICS": ["x", "1:2:3", ":9", "70000", "host:", "fe80::1:9", "[::1]", "-1"],
+    "KVMARKET_LOG_FORMAT": ["", "JSON"],
     "KVMARKET_SECRET": ["short", "x" * 4097],
     "KVMARKET_SECRET_FILE": ["relative/path"],
 }

@@ -42,6 +42,7 @@ def test_importing_is_light_and_has_no_effects():
         "import sys, threading, os, time; began = time.perf_counter(); import kvmarket;"
         "print(time.perf_counter() - began);"
         "heavy = {'torch', 'ucxx', 'cupy', 'vllm', 'transformers', 'redis', 'triton', 'pytest', 'lmdb'};"
+        "heavy |= {'prometheus_client', 'kvmarket.exporter'};"
         "print(sorted(heavy & set(sys.modules)));"
         "print(threading.active_count());"
         "print(sorted(os.listdir('/proc/self/fd'), key=int)[:4])"
