@@ -219,11 +219,10 @@ class Marketplace:
         began = time.perf_counter()
         keys = self._keys(tokens, extra_keys)
         found, reason, detail = await self._lookup(keys, Deadline(self._config.fetch_deadline_s))
-        owners = tuple(found.owners)
         missing = found.blocks if found.blocks < len(keys) else None
         matched = found.blocks * self._spec.block_size
         seconds = time.perf_counter() - began
-        return MatchReport(matched, found.blocks, len(keys), owners, reason, missing, detail, seconds)
+        return MatchReport(matched, found.blocks, len(keys), tuple(found.owners), reason, missing, detail, seconds)
 
     async def fetch(
         self,
