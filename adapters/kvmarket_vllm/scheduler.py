@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.core import MarketCore
-from kvmarket.errors import DeadlineExceededError, KVMarketError, RegistryError
+from kvmarket.errors import DeadlineExceededError, RegistryError
 from kvmarket.identity import sealer
 from kvmarket.registry import LookupResult
 from kvmarket.registry.records import RECORD, block_key, block_keys
@@ -25,6 +25,7 @@ from kvmarket_vllm.lookups import Lookups
 from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
+from kvmarket_vllm.resets import Resets
 from kvmarket_vllm.stats import Deltas
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ class SchedulerRole:
         self._facts: dict[Rank, WorkerFacts] = {}
         self._root = b""
         self._epochs: dict[Rank, int] = {}
-        self._owes_reset = False
         self._opening: Opening[dict[Rank, MarketCore]] | None = None
         self._requests: dict[str, Any] = {}
         self._matches: dict[str, _Match] = {}
@@ -79,6 +79,7 @@ class SchedulerRole:
         self._logged: dict[str, int] = {}
         self._lookups: Lookups[Searched] = Lookups()
         self.deltas = Deltas()
+        self._resets = Resets(partial(self.deltas.add, resets=1))
 
     # ---- opening
 
@@ -103,8 +104,10 @@ class SchedulerRole:
             self._root = self._plan.root = root
             self._opening = Opening(self._open)
         cores = self._opening.get()
-        if cores and self._owes_reset:
-            self._owes_reset = not self._bump_epochs(cores)
+        if cores and self._resets.owed:
+            if not self._resets.go_on(cores.values()):
+                return None  # nothing is looked up before all have been told to forget
+            self._plan.forget = True  # now that there is a new epoch, workers begin in it
         return cores
 
     def _open(self) -> dict[Rank, MarketCore]:
@@ -201,6 +204,9 @@ class SchedulerRole:
             plan.forget = True
             self._offers.clear()
         self._offers.step(output, self._requests, plan)
+        if self._resets.owed:
+            plan.publish.clear()  # it would be published as what all are about to forget, or are not told to
+            self._offers.void()
         plan.idle = not output.total_num_scheduled_tokens
         for request_id in output.finished_req_ids:
             self._forget_request(request_id)
@@ -245,23 +251,15 @@ class SchedulerRole:
         self._plan.forget = True
         self._offers.void()
         if cores is None:  # nothing was ever adopted; what a worker may have published goes when the registry is there
-            self._owes_reset = self._opening is not None
+            if self._opening is not None:
+                self._resets.owe()
             return self._opening is None or self._opening.failed
-        return self._bump_epochs(cores)
-
-    def _bump_epochs(self, cores: dict[Rank, MarketCore]) -> bool:
-        try:
-            for core in cores.values():
-                core.bump_epoch()
-        except KVMarketError as error:
-            logger.error("kvmarket: the reset did not reach the registry: %s", error)  # noqa: TRY400
-            return False
-        self.deltas.add(resets=1)
-        return True
+        return self._resets.make(cores.values())
 
     def close(self) -> None:
         """Release the registry."""
         self._lookups.close()
+        self._resets.close()
         cores = self._opening.finish(1.0) if self._opening is not None else None
         for core in (cores or {}).values():
             core.close()

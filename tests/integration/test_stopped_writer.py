@@ -1,5 +1,6 @@
 """A process that holds the registry's write lock and is stopped: reading goes on, writing gives up in time."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,6 +18,8 @@ from kvmarket.publish import QUEUE_MAX
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import block_keys, lmdb_file
 from kvmarket.testing.samples import SPEC, sample_kv, sample_tokens
+from kvmarket.testing.waiting import until
+from kvmarket_vllm.resets import Resets
 
 TOKENS = sample_tokens(1, 4)
 KV = sample_kv(TOKENS)
@@ -205,3 +208,21 @@ async def test_a_stopped_owner_can_still_be_read(market, peers, config):
     with taking(5):
         result = await market.fetch(tokens)
     assert (result.kv == sample_kv(tokens)).all()
+
+
+async def test_a_reset_does_not_wait_for_it(stopped, market):
+    """As vLLM's engine asks for it: its thread goes on, and the reset is made when that process goes on."""
+    resets, before = Resets(), market.core.epoch_hint()
+    began = time.monotonic()
+    assert not resets.make([market.core])
+    assert time.monotonic() - began < WAIT_S
+    assert resets.owed
+    began = time.monotonic()
+    assert not resets.go_on([market.core])
+    assert time.monotonic() - began < 0.1, "nothing is waited for while it is owed"
+    await asyncio.sleep(2 * WAIT_S)  # the first attempt fails
+    go_on(stopped)
+    until(lambda: resets.go_on([market.core]), "the reset is made")
+    assert market.core.epoch_hint() != before
+    assert (await market.fetch(TOKENS)).report.blocks_adopted == 0
+    assert resets.make([market.core]), "without anybody in the way it is done when it returns"

@@ -18,10 +18,12 @@ from kvmarket.region.pages import PagedMemory  # noqa: E402
 from kvmarket.registry import LookupResult  # noqa: E402
 from kvmarket.registry.records import make_records  # noqa: E402
 from kvmarket.report import TransferReport  # noqa: E402
+from kvmarket.testing.waiting import until  # noqa: E402
 from kvmarket_vllm import loader as loader_module  # noqa: E402
 from kvmarket_vllm import opening as opening_module  # noqa: E402
 from kvmarket_vllm.loader import Loader  # noqa: E402
 from kvmarket_vllm.messages import Load  # noqa: E402
+from kvmarket_vllm.offers import GROUP_SUFFIX  # noqa: E402
 from kvmarket_vllm.opening import Opening  # noqa: E402
 from kvmarket_vllm.scheduler import SchedulerRole  # noqa: E402
 from kvmarket_vllm.stats import COUNTERS, LABELLED, Deltas, MarketPromMetrics, MarketStats  # noqa: E402
@@ -283,8 +285,46 @@ def test_a_reset_that_the_registry_missed_is_made_up_for():
     assert role.reset()
     assert not bumped
     opened[0] = {RANK: core}
-    for _ in range(2):
-        role._cores()
+    assert until(role._cores, "the reset that is owed") == opened[0]
     assert bumped == [1]
+    assert role._cores() == opened[0]
     assert role.reset()
     assert bumped == [1, 1]
+    assert role.deltas.totals["resets"] == 2
+
+
+def test_while_a_reset_is_owed_nothing_is_fetched_or_offered():
+    engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
+    role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
+    go_on = threading.Event()
+    core = SimpleNamespace(bump_epoch=lambda: go_on.wait(10), epoch_hint=lambda: 1)
+    role._opening = SimpleNamespace(get=lambda: {RANK: core}, failed=False)
+    hashes = [bytes([number]) * 32 for number in range(4)]
+    request = SimpleNamespace(request_id="a", block_hashes=hashes, num_tokens=17)
+    cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[])
+    new = SimpleNamespace(req_id="a", block_ids=([0, 1, 2, 3],), num_computed_tokens=0)
+    output = SimpleNamespace(
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens={"a": 16},
+        total_num_scheduled_tokens=16,
+        finished_req_ids=(),
+    )
+    blocks = [SimpleNamespace(block_hash=block_hash + GROUP_SUFFIX) for block_hash in hashes]
+    role.bind_pool(SimpleNamespace(blocks=blocks, cached_block_hash_to_block=None))
+
+    began = time.monotonic()
+    assert not role.reset()
+    assert time.monotonic() - began < 1.0
+    assert not role.reset(), "nor does asking again make it so"
+    assert role.match(request, 0) == (0, False)
+    plan = role.plan_step(output)
+    assert (plan.publish, plan.forget) == ([], True)
+    go_on.set()
+    until(role._cores, "both resets are made")
+    assert role.deltas.totals["resets"] == 2
+    output.scheduled_new_reqs = []
+    output.scheduled_cached_reqs = SimpleNamespace(req_ids=["a"], new_block_ids=[None], num_computed_tokens=[16])
+    plan = role.plan_step(output)
+    assert plan.forget, "workers begin in the new epoch"
+    assert plan.publish == [], "what was computed before it is not offered"
