@@ -63,7 +63,7 @@ class MarketCollector:
         with self._lock:
             self._sources.remove(source)
             if not any(each is source for each in self._sources):
-                counts, times = self._detached[source] = source.snapshot(), source.histograms()
+                counts, times = self._detached[source] = source.counters(), source.histograms()
                 self._past_counts.update(counts)
                 _merge(self._past_times, times)
 
@@ -83,10 +83,11 @@ class MarketCollector:
             by_name.setdefault(name, {})[value] = amount
         for name, values in by_name.items():
             yield self._counter(name, values)
+        for name in {**{name: None for name, (kind, *_) in FAMILIES.items() if kind == "gauge"}, **gauges}:
+            text = FAMILIES[name].text if name in FAMILIES else _words(name)
+            yield self._core.GaugeMetricFamily(PREFIX + name, text, value=gauges.get(name, 0.0))
         for name, family in FAMILIES.items():
-            if family.kind == "gauge":
-                yield self._core.GaugeMetricFamily(PREFIX + name, family.text, value=gauges.get(name, 0.0))
-            elif family.kind == "histogram":
+            if family.kind == "histogram":
                 yield self._histogram(name, family, times)
 
     def _read(self) -> tuple[Counter[str], dict[str, Histogram], dict[str, float]]:
@@ -97,7 +98,7 @@ class MarketCollector:
             _merge(times, self._past_times)
         gauges: dict[str, float] = {}
         for source in sources:
-            counts.update(source.snapshot())
+            counts.update(source.counters())
             _merge(times, source.histograms())
             try:
                 found = source.gauges()
@@ -109,7 +110,7 @@ class MarketCollector:
         return counts, times, gauges
 
     def _counter(self, name: str, values: dict[str, float]) -> Any:
-        family = FAMILIES.get(name) or Family("counter", name.replace("_", " "), "" if set(values) <= {""} else "kind")
+        family = FAMILIES.get(name) or Family("counter", _words(name), "" if set(values) <= {""} else "kind")
         labels = [family.label] if family.label else []
         found = self._core.CounterMetricFamily(PREFIX + name, family.text, labels=labels)
         for value, amount in (values or ({} if labels else {"": 0.0})).items():
@@ -124,6 +125,10 @@ class MarketCollector:
             if of == name:
                 found.add_metric([phase] if labels else [], _cumulated(histogram), histogram.total)
         return found
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _merge(into: dict[str, Histogram], more: dict[str, Histogram], sign: int = 1) -> None:

@@ -57,7 +57,7 @@ class Histogram:
 
 
 class Metrics:
-    """Monotonic counters by name. Thread-safe.
+    """Monotonic counters, levels and durations by name. Thread-safe.
 
     Attributes:
         timed: somebody exports, so `observe` is worth calling; false costs whoever asks one look at an attribute.
@@ -69,6 +69,7 @@ class Metrics:
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._values: dict[str, set[str]] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._levels: dict[str, float] = {}
         self._gauges: dict[str, Callable[[], float]] = {}
 
     def add(self, **amounts: float) -> None:
@@ -121,7 +122,17 @@ class Metrics:
         """Have `read` called whenever somebody looks at gauges; it must not block."""
         self._gauges[name] = read
 
+    def level(self, **values: float) -> None:
+        """Say how high something stands now: bytes held, blocks pinned."""
+        with self._lock:
+            self._levels.update(values)
+
     def snapshot(self) -> dict[str, float]:
+        """Return all counters and levels."""
+        with self._lock:
+            return {**self._counts, **self._levels}
+
+    def counters(self) -> dict[str, float]:
         """Return all counters."""
         with self._lock:
             return dict(self._counts)
@@ -136,5 +147,7 @@ class Metrics:
         return copies
 
     def gauges(self) -> Mapping[str, float]:
-        """Read all gauges."""
-        return {name: float(read()) for name, read in list(self._gauges.items())}
+        """Return all levels, and what is read at any time."""
+        with self._lock:
+            levels = dict(self._levels)
+        return levels | {name: float(read()) for name, read in list(self._gauges.items())}

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -6,6 +7,7 @@ from kvmarket.explain import explain_nothing_found
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.registry.memory import MemoryRegistry
 from kvmarket.report import MissReason
+from kvmarket.secret import Secret
 from kvmarket.testing.sample_records import announce, chain
 from kvmarket.testing.samples import SPEC, sample_spec
 
@@ -71,3 +73,23 @@ def test_a_lone_publisher_is_told_of_one_that_only_hashes_differently(registry):
     assert "PYTHONHASHSEED" in detail
     publish(registry, mine)
     assert explain_nothing_found(registry, mine)[0] is MissReason.NOT_PUBLISHED
+
+
+def test_among_many_namespaces_the_own_one_is_not_overlooked(registry):
+    for number in range(40):
+        publish(registry, Namespace(ModelIdentity(f"model {number}"), SPEC))
+    publish(registry, MINE)
+    reason, detail = explain_nothing_found(registry, MINE)
+    assert reason is MissReason.NOT_PUBLISHED
+    assert "other prefixes are" in detail
+
+
+def test_what_others_keep_secret_explains_nothing(registry):
+    mine, theirs = (replace(MINE, secret=Secret(text * 16)) for text in "ab")
+    publish(registry, theirs)
+    for asker in (MINE, mine):
+        assert explain_nothing_found(registry, asker)[0] is MissReason.NOT_PUBLISHED
+    publish(registry, replace(mine, tenant="x"))
+    reason, detail = explain_nothing_found(registry, mine)
+    assert (reason, "tenant: '' here, 'x' there" in detail) == (MissReason.NAMESPACE_DIFFERS, True)
+    assert explain_nothing_found(registry, MINE)[0] is MissReason.NOT_PUBLISHED

@@ -16,7 +16,7 @@ import prometheus_client
 
 from kvmarket.exporter import MarketCollector
 
-COUNTING = {"add", "add_reason", "add_labelled", "observe", "observe_phases", "gauge"}
+COUNTING = {"add", "add_reason", "add_labelled", "observe", "observe_phases", "gauge", "level"}
 READS = {"transport_reads", "transport_bytes", "path_reads", "path_bytes"}
 NOT_COUNTED_YET = {"stale_records_removed"}
 
@@ -27,8 +27,8 @@ def counted_in(tree):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in COUNTING:
             owner = ast.unparse(call.func.value)
             if owner.split(".")[-1].strip("_") == "metrics":
-                yield from (keyword.arg for keyword in call.keywords if call.func.attr == "add")
-                if call.func.attr != "add" and isinstance(call.args[0], ast.Constant):
+                yield from (keyword.arg for keyword in call.keywords if call.func.attr in {"add", "level"})
+                if call.func.attr not in {"add", "level"} and isinstance(call.args[0], ast.Constant):
                     yield call.args[0].value
 
 
@@ -142,3 +142,7 @@ def test_what_has_no_entry_yet_is_exported_all_the_same():
     metrics.add_labelled("tier_reads", "tier", "disk", 2)
     assert value("kvmarket_pages_of_a_later_version_total") == 3
     assert value("kvmarket_tier_reads_total", {"kind": "disk"}) == 2
+    metrics.level(arena_bytes=4096)
+    metrics.level(arena_bytes=2048)
+    assert value("kvmarket_arena_bytes") == 2048
+    assert metrics.snapshot()["arena_bytes"] == 2048

@@ -228,7 +228,8 @@ def test_what_a_registry_could_not_take_is_announced_when_it_is_back(away_publis
     assert publisher.page_of(KEYS[1]) == 1, "still readable"
     registry.away = False
     eventually(lambda: found(registry) == [KEYS[0], KEYS[1], KEYS[3]])
-    assert len(publisher._backlog) == 0
+    assert publisher.waiting == {"announce_queue": 0, "announce_backlog": 0, "offered_blocks": 3}
+    assert publisher._metrics.snapshot()["announcements_postponed"] == 4
 
 
 def test_who_waits_for_an_announcement_is_told_at_once(away_publisher):
