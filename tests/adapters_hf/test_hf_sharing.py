@@ -166,3 +166,12 @@ def test_a_closed_market_says_so(open_market, alone):
         market.fetch(PROMPT)
     with pytest.raises(MarketClosedError):
         market.publish(PROMPT, alone[1])
+
+
+def test_a_secret_separates(open_market, alone):
+    mine, same, other, none = (open_market(secret=text * 16) for text in ("a", "a", "b", ""))
+    published = mine.publish(*alone)
+    assert published > 0
+    assert same.fetch(PROMPT).tokens == 192
+    for market in (other, none):
+        assert (market.fetch(PROMPT).tokens, market.fetch(PROMPT).reason) == (0, MissReason.NOT_PUBLISHED)

@@ -1,12 +1,15 @@
 """A secret is needed to compute anything of its namespace, and shows nowhere."""
 
+import ast
 import copy
 import os
 import pickle
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
+import kvmarket
 from kvmarket.config import MarketConfig
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import hash_blocks, token_array
@@ -171,3 +174,17 @@ def test_who_may_see_what():
     public, mine, unknown = NONE.describe(), MINE.describe(), {}
     seen = {tag: [visible_to(tag, each) for each in (public, mine, unknown)] for tag in ("", MINE.secret.tag, "other")}
     assert seen == {"": [True, False, False], MINE.secret.tag: [True, True, False], "other": [True, False, False]}
+
+
+def test_no_key_is_made_without_asking_for_a_seal():
+    """A call that leaves the seal out would put guessable keys into the registry of a tenant with a secret."""
+    root = Path(kvmarket.__file__).parents[1]
+    places = [*(root / "kvmarket").glob("*.py"), *(root / "adapters").rglob("*.py")]
+    found = 0
+    for path in places:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) in {"block_keys", "block_key"}:
+                found += 1
+                sealed = len(call.args) == 3 or "seal" in {keyword.arg for keyword in call.keywords}
+                assert sealed, f"{path}:{call.lineno}: {ast.unparse(call)}"
+    assert found >= 2
