@@ -31,6 +31,7 @@ from kvmarket.transport.ucx_read import GroupedRead
 from kvmarket.transport.ucx_rma import OneSidedRead, RemoteGroup, RemoteRegion
 from kvmarket.transport.ucx_server import UcxServer
 from kvmarket.transport.ucx_settings import lanes_text, reads_one_sided, ucx_settings
+from kvmarket.transport.ucx_staging import StagingBuffer, StagingBuffers, wants_staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CLOSE_S = 5.0
 LATE_S = 0.2
 """Beyond the limit of connecting, for who has no deadline: so that it is the connection that says why it failed."""
 PEER_BYTES_MAX = 32 << 20
@@ -64,6 +66,8 @@ class UcxTransport(ServingTransport):
             (docs/BENCHMARKS.md) it took longer and cost more CPU: each part has its own looks at the generations.
         connect_s: how long connecting to an owner may take, at all its addresses together. A read waits for it within
             its own deadline; what is connected later serves the next.
+        stage: True has every two-sided read of scattered pages arrive in a buffer first, False none, None those that
+            gain by it (see `kvmarket.transport.ucx_staging`).
     """
 
     scheme = "ucx"
@@ -79,6 +83,7 @@ class UcxTransport(ServingTransport):
         direct: bool = True,
         cma_readers: int = 1,
         connect_s: float = CONNECT_S,
+        stage: bool | None = None,
     ) -> None:
         self._ipv6 = uses_ipv6(environ, addresses)
         self.settings = ucx_settings(environ, ipv6=self._ipv6)
@@ -91,6 +96,8 @@ class UcxTransport(ServingTransport):
         self._peers = PeerTable(lambda: self.driver, require, connect_s)
         self._budget = ByteBudget(ALL_BYTES_MAX)
         self._budgets: dict[bytes, ByteBudget] = {}
+        self._stage = stage
+        self.staging = StagingBuffers(lambda: int(self.driver.context.handle))
         self._closed = False
 
     @property
@@ -158,6 +165,11 @@ class UcxTransport(ServingTransport):
                 found = self._budgets[owner.incarnation] = ByteBudget(PEER_BYTES_MAX, self._budget)
             return found
 
+    def staged(self, peer: Peer, iov: np.ndarray) -> StagingBuffer | None:
+        """Return a buffer for a message that should arrive in one; with the driver's turn."""
+        wanted = wants_staging(peer.lanes, iov) if self._stage is None else self._stage and len(iov) > 1
+        return self.staging.take(int(iov[:, 1].sum())) if wanted else None
+
     def uses_one_sided(self, peer: Peer) -> bool:
         """Tell whether reads from a peer are one-sided."""
         return self._one_sided and reads_one_sided(peer.lanes)
@@ -168,6 +180,8 @@ class UcxTransport(ServingTransport):
 
     def close(self) -> None:
         self.stop_serving()
+        if self.staging.made and self._driver is not None and self._driver.alive:
+            self._driver.call(self.staging.close, CLOSE_S)
         with self._lock:
             self._closed = True
             driver, self._driver = self._driver, None
@@ -285,6 +299,7 @@ class UcxConnection(Connection):
         reading = GroupedRead(
             self._transport.driver, way.peer, self._transport.budget(self._owner), request, layout.page_bytes,
             layout.num_pages, segments, self._starter(way.peer, way.remote, request), deadline, on_group,
+            self._transport.staging.give_back,
         )  # fmt: skip
         reading.run()
         seconds = time.perf_counter() - began
@@ -302,7 +317,10 @@ class UcxConnection(Connection):
             pages, generations = request.pages[indices], request.generations[indices]
             iov = local_iov(request.local, request.local_pages[indices])
             if remote is None or peer.endpoint is None:
-                return peer.read(region, pages, generations, iov, finish)
+                staged = self._transport.staged(peer, iov)
+                if staged is not None:
+                    iov = staged.iov(int(iov[:, 1].sum()))
+                return peer.read(region, pages, generations, iov, finish, staged=staged)
             endpoint = peer.endpoint
             group = RemoteGroup(remote, pages, generations, iov)
             return peer.one_sided(lambda number: OneSidedRead(number, peer, endpoint, group, finish))

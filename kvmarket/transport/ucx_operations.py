@@ -131,7 +131,9 @@ class Operations:
         )
         self._track(endpoint, request, done, iov)
 
-    def receive(self, endpoint: Endpoint, payload: Payload, iov: np.ndarray, done: Callable[[int], None]) -> None:
+    def receive(
+        self, endpoint: Endpoint, payload: Payload, iov: np.ndarray, done: Callable[[int], None], memory: int = 0
+    ) -> None:
         """Put a data message into memory.
 
         Args:
@@ -139,6 +141,7 @@ class Operations:
             payload: as it was handed to `Handler.on_data`.
             iov: (n, 2) uint64 addresses and lengths that add up to the payload's length.
             done: called with the status when nothing writes there any more.
+            memory: handle of its registration, where the list has one entry and there is one.
         """
         if endpoint.closed:
             self.drop(payload)
@@ -153,7 +156,11 @@ class Operations:
             return
         param = api.RequestParam(op_attr_mask=api.OP_FIELD_DATATYPE | api.OP_NO_IMMEDIATE, datatype=api.DATATYPE_IOV)
         descriptor, payload.descriptor = payload.descriptor, None
-        request = self._lib.ucp_am_recv_data_nbx(self._worker, descriptor, iov.ctypes.data, len(iov), c.byref(param))
+        start, count = iov.ctypes.data, len(iov)
+        if memory:
+            param = api.RequestParam(op_attr_mask=api.OP_FIELD_MEMH | api.OP_NO_IMMEDIATE, memh=memory)
+            start, count = int(iov[0, 0]), int(iov[0, 1])
+        request = self._lib.ucp_am_recv_data_nbx(self._worker, descriptor, start, count, c.byref(param))
         self._track(endpoint, request, done, iov)
 
     def drop(self, payload: Payload) -> None:

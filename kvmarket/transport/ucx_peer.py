@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kvmarket.transport.ucx_operations import Endpoint, Payload
+    from kvmarket.transport.ucx_staging import StagingBuffer
 
 CONNECT_S = 3.0
 HEARTBEAT_S = 0.9
@@ -69,6 +70,8 @@ class Transfer:
         self.ended = False
         self.writing = 0
         """Operations that UCX has not completed and that write to local memory."""
+        self.staged: StagingBuffer | None = None
+        """Where the bytes are until they are copied to their pages, packed in their order; None: in their pages."""
         self.result: GroupResult | None = None
 
     def start(self) -> None:
@@ -90,9 +93,11 @@ class Transfer:
 class TwoSidedRead(Transfer):
     """The owner sends one data message, then its verdict on every page."""
 
-    def __init__(self, number: int, iov: np.ndarray, finish: Callable[[GroupResult], None]) -> None:
+    def __init__(
+        self, number: int, iov: np.ndarray, finish: Callable[[GroupResult], None], staged: StagingBuffer | None = None
+    ) -> None:
         super().__init__(number, finish)
-        self.iov = iov
+        self.iov, self.staged = iov, staged
         self.nbytes = sum(iov[:, 1].tolist())
         self.arrived = False
         self.trailer: Trailer | None = None
@@ -167,9 +172,11 @@ class Peer:
         generations: np.ndarray,
         iov: np.ndarray,
         finish: Callable[[GroupResult], None],
+        *,
+        staged: StagingBuffer | None = None,
     ) -> Transfer:
-        """Ask for a group of pages, to be put into `iov`."""
-        transfer = TwoSidedRead(next(self._numbers), iov, finish)
+        """Ask for a group of pages, to be put into `iov`, which lies in `staged` if that is not None."""
+        transfer = TwoSidedRead(next(self._numbers), iov, finish, staged)
         if self._enter(transfer):
             self._send(Read.of(transfer.number, region, pages, generations))
         return transfer
@@ -251,7 +258,8 @@ class Peer:
                 transfer.end(GroupResult(error=api.status_text(status)))
 
         transfer.writing += 1
-        self.driver.receive(self.endpoint, payload, transfer.iov, done)
+        memory = transfer.staged.memory if transfer.staged is not None else 0
+        self.driver.receive(self.endpoint, payload, transfer.iov, done, memory)
 
     def on_closed(self, why: str) -> None:
         """End everything: the connection is gone, and with it every operation."""

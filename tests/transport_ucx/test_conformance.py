@@ -8,6 +8,7 @@ from ucx_owners import PeerUcxOwner
 from ucx_suite import OneSidedConformance, TwoSidedConformance, UcxConformance
 
 from kvmarket.transport import ucx_cma
+from kvmarket.transport.ucx import UcxTransport
 
 
 class TestTwoSidedOverTcp(TwoSidedConformance):
@@ -16,6 +17,17 @@ class TestTwoSidedOverTcp(TwoSidedConformance):
     @pytest.fixture(autouse=True)
     def tcp_only(self, monkeypatch):
         monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+class TestTwoSidedThroughBuffers(TestTwoSidedOverTcp):
+    """As over RDMA, scattered pages arrive in registered buffers and are copied from there."""
+
+    @pytest.fixture
+    def transport(self):
+        transport = UcxTransport({}, stage=True)
+        yield transport
+        assert transport.staging.in_use == 0
+        transport.close()
 
 
 class TestOneSidedOverSharedMemory(OneSidedConformance):
