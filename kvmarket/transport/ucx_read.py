@@ -152,13 +152,17 @@ class GroupedRead:
         def finish(result: GroupResult) -> None:
             group.result = result
             if group.transfer is not None:
-                self.peer.forget(group.transfer)
-            self._ended.put(group)
+                end()
 
         def command() -> None:
             group.transfer = self.start(group.indices, finish)
-            if group.result is not None:
+            if group.result is not None:  # it ended before it had begun
+                end()
+
+        def end() -> None:
+            if group.transfer is not None:
                 self.peer.forget(group.transfer)
+            self._ended.put(group)
 
         if len(self.request.pages) * self.page_bytes <= SHORT_BYTES:
             self.driver.submit_and_help(command, lambda: group.result is not None, SHORT_S)
