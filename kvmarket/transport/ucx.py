@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 CLOSE_S = 5.0
 LATE_S = 0.2
 """Beyond the limit of connecting, for who has no deadline: so that it is the connection that says why it failed."""
-PEER_BYTES_MAX = 32 << 20
+PEER_BYTES_MAX = 64 << 20
 ALL_BYTES_MAX = 128 << 20
 
 

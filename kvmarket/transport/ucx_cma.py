@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvmarket.transport.base import OnGroup, ReadRequest
     from kvmarket.transport.ucx_rma import RemoteRegion
 
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 8 << 20
 SHORT_BYTES = 64 << 10
 """So few bytes are read together with both looks at their generations."""
 IN_ORDER = platform.machine() in {"x86_64", "AMD64"}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from kvmarket.transport.ucx_driver import UcxDriver
     from kvmarket.transport.ucx_staging import StagingBuffer
 
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 8 << 20
+"""Over TCP 4 MiB took 1.1 to 1.2 times as long, 16 MiB saved a twentieth more."""
 SHORT_BYTES, SHORT_S = 64 << 10, 0.0005
 """A read of no more bytes is driven by the thread that waits for it, for so long: a round trip of a quick network."""
 WINDOW = 2

@@ -20,8 +20,9 @@ from kvmarket.transport.ucx_settings import is_rdma
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BUFFER_BYTES = 4 << 20
-BUFFERS_MAX = 8
+BUFFER_BYTES = 8 << 20
+"""A group, see `kvmarket.transport.ucx_read`."""
+BUFFERS_MAX = 4
 """More groups at once than this go straight into the pages."""
 PIECE_BYTES_MIN = 64 << 10
 """Longer pieces, on average, are left to UCX. By the cost of a copy; no card was there to measure the other side."""
