@@ -22,7 +22,7 @@ from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
 
 ADDRESS = os.environ.get("KVMARKET_TEST_VERBS_ADDRESS", "")
-PAGES, PAGE_BYTES = 64, 256 << 10
+PAGES, PAGE_BYTES = 128, 256 << 10  # four groups: two are asked for before the first is in
 MTU_MAX = 4096
 SLOWER = 50.0
 CONNECT_S = 15.0
