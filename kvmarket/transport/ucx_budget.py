@@ -25,6 +25,17 @@ class ByteBudget:
         """Bytes in flight now."""
         return self._taken
 
+    def take_now(self, nbytes: int) -> bool:
+        """Take bytes if there is room for them at once. For who holds some: waiting then, two could wait for ever."""
+        with self._changed:
+            if self._taken and self._taken + nbytes > self._limit:
+                return False
+            self._taken += nbytes
+        if self._outer is not None and not self._outer.take_now(nbytes):
+            self._return(nbytes)
+            return False
+        return True
+
     def take(self, nbytes: int, deadline: Deadline) -> bool:
         """Wait for room; False when the deadline came first, and then nothing is taken."""
         with self._changed:

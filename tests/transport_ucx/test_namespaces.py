@@ -26,7 +26,7 @@ def pair(hosts, peers):
     owner_net, reader_net = hosts
     # UCX takes them for one host, for they share the kernel and the IPC namespace; between hosts there is only TCP.
     owner = PeerUcxOwner(peers.spawn(), {"network": owner_net, "UCX_TLS": "tcp"}, addresses=())
-    reader = PeerUcxReader(peers.spawn(), {"network": reader_net, "UCX_TLS": "tcp", "connect_s": 1.0})
+    reader = PeerUcxReader(peers.spawn(), {"network": reader_net, "UCX_TLS": "tcp", "options": {"connect_s": 1.0}})
     try:
         lent = owner.lend_pattern(PAGES, PAGE_BYTES)
     except PermissionError as error:
@@ -73,7 +73,7 @@ def test_an_owner_behind_a_dead_wire_cannot_be_connected_to_and_that_is_said_in_
         reader.connect(lent)
     assert time.monotonic() - began < 2
     began = time.monotonic()
-    with pytest.raises(Exception, match="did not answer a moment ago"):
+    with pytest.raises(Exception, match=r"did not answer a moment ago|does not answer yet"):
         reader.connect(lent)
     assert time.monotonic() - began < 0.3, "the next one does not wait for it again"
 

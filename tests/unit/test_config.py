@@ -10,6 +10,7 @@ from kvmarket.secret import Secret
 GOOD = {
     "KVMARKET_TRANSPORT": ("shm", "transport", "shm"),
     "KVMARKET_UCX_REQUIRE": ("rdma", "ucx_require", "rdma"),
+    "KVMARKET_UCX_CONNECT_S": ("7.5", "ucx_connect_s", 7.5),
     "KVMARKET_UCX_ADDRESSES": ("10.1.2.3,fd00::1", "ucx_addresses", "10.1.2.3,fd00::1"),
     "KVMARKET_REGISTRY": ("lmdb:///run/market", "registry", "lmdb:///run/market"),
     "KVMARKET_RUNTIME_DIR": ("/run/x", "runtime_dir", "/run/x"),
@@ -30,6 +31,7 @@ GOOD = {
 BAD = {
     "KVMARKET_TRANSPORT": ["", "SHM", "rdma"],
     "KVMARKET_UCX_REQUIRE": ["tcp", "RDMA"],
+    "KVMARKET_UCX_CONNECT_S": ["0", "-1", "nan", "soon", "1e9"],
     "KVMARKET_UCX_ADDRESSES": ["eth0", "10.1.2.3:80", "10.1.2", "10.1.2.3;10.1.2.4"],
     "KVMARKET_REGISTRY": ["", "redis", "lmdb://", "lmdb://relative", "lmdb:/x"],
     "KVMARKET_HASH": ["", "md5", "hash"],
