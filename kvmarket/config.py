@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
+from kvmarket.region.eviction import POLICIES
 from kvmarket.server_url import is_server_url, parse_url, without_secrets
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 """What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
 TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc", "ucx")
 UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
+SECONDS_MAX = 1e9
+"""The longest time that a block may be told to last."""
 VERIFY_MODES = ("none", "sampled", "full")
 
 
@@ -127,6 +130,8 @@ class MarketConfig:
         publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
         fetch_concurrency: fetches that may run at once; more wait.
         arena_bytes: memory for blocks published by copy.
+        arena_eviction: which of them go first when it is full: ``lru``, or ``s3fifo``, which a scan does not flush.
+        arena_ttl_s: how long a published copy lasts unless its publisher says otherwise; 0: until it is evicted.
         registry_bytes: largest size of the registry file (sparse: it takes what it needs).
         tenant: whose blocks these are; part of the namespace.
         salt: a secret that keeps tenants apart; part of the namespace, never stored.
@@ -143,6 +148,8 @@ class MarketConfig:
     publish_deadline_s: float = _setting("PUBLISH_DEADLINE_S", 10.0, _number(0.001, 600))
     fetch_concurrency: int = _setting("FETCH_CONCURRENCY", 4, _count(1, 256))
     arena_bytes: int = _setting("ARENA_BYTES", 256 << 20, _size(4096, 1 << 44))
+    arena_eviction: str = _setting("ARENA_EVICTION", "lru", _one_of(*POLICIES))
+    arena_ttl_s: float = _setting("ARENA_TTL_S", 0.0, _number(0, SECONDS_MAX))
     registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
     tenant: str = _setting("TENANT", "", str)
     salt: str = field(default="", repr=False, metadata={"env": PREFIX + "SALT", "parse": str})

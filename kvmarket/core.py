@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvmarket.identity import Namespace, OwnerInfo
+    from kvmarket.region.leases import PageLeases
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory
 
@@ -96,13 +97,22 @@ class MarketCore:
                 self._owner = self.registry.register_owner(self._incarnation)
             return self._owner
 
-    def lend(self, pages: PagedMemory, shared: Sequence[SharedMemory] = ()) -> LentRegion:
+    def lend(
+        self,
+        pages: PagedMemory,
+        shared: Sequence[SharedMemory] = (),
+        *,
+        tier: str = "engine",
+        leases: PageLeases | None = None,
+    ) -> LentRegion:
         """Let peers read `pages` in place. Nothing is readable until it is published.
 
         Args:
             pages: the pages; `pages.layout.page_bytes` must be the spec's.
             shared: the shared memories behind `pages.memories`, in that order; empty for memory that is private to
                 this process, which only marketplaces of this process can then read.
+            tier: what holds them, see `LentRegion`.
+            leases: where readers that this process knows of say which pages they read.
 
         Raises:
             InvalidInputError: page size, memories or layout do not fit.
@@ -129,6 +139,8 @@ class MarketCore:
                 exports=self._exports(pages),
                 digest=default_digest(pages.kind),
                 verify=self.config.verify,
+                tier=tier,
+                leases=leases,
             )
             try:
                 self.registry.register_region(owner.owner, region.region_id, region.describe(endpoints).to_wire())

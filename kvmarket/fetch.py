@@ -220,6 +220,8 @@ class Fetcher:
             for reason in refused.values():
                 self._metrics.add_reason("blocks_refused", reason)
         outcome.blocks += good
+        if good:
+            self._metrics.add_labelled("tier_blocks", "tier", report.tier, good)
         outcome.transfers.append(report)
         outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
         return good

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kvmarket.arena_publish import ArenaPublisher
+from kvmarket.arena_publish import ArenaPublisher, Stay, checked_seconds
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.cuda import is_cuda, packed_cuda_pages
@@ -119,6 +119,8 @@ class Marketplace:
     def _close(self) -> None:
         self._readers.shutdown(wait=True)
         self._writer.shutdown(wait=True)
+        if self._arena is not None:
+            self._arena.stop()
         self._core.close()
         if self._arena is not None:
             self._arena.close()
@@ -150,7 +152,14 @@ class Marketplace:
     # ---- publish
 
     async def publish(
-        self, tokens: TokenIds, kv: Any, *, extra_keys: Sequence[bytes] | None = None, deadline_s: float | None = None
+        self,
+        tokens: TokenIds,
+        kv: Any,
+        *,
+        extra_keys: Sequence[bytes] | None = None,
+        deadline_s: float | None = None,
+        ttl_s: float | None = None,
+        pin_s: float = 0.0,
     ) -> PublishReport:
         """Offer the KV of a prefix to every process of the namespace; copies it once into this process's arena.
 
@@ -159,12 +168,16 @@ class Marketplace:
             kv: the pages of its full blocks in order, see `kvmarket.tensors.as_pages`.
             extra_keys: per full block, what else makes its KV differ (image digests, ...).
             deadline_s: seconds; default `MarketConfig.publish_deadline_s`.
+            ttl_s: seconds after which the blocks are withdrawn; default `MarketConfig.arena_ttl_s`, and 0 for never.
+                Blocks that are published already last as long as the longest that anybody asked for.
+            pin_s: seconds for which the blocks are not evicted, see `pin`.
 
         Returns:
             When it returns, peers can fetch the blocks.
 
         Raises:
-            InvalidInputError: the tokens or the KV do not fit; nothing was published.
+            InvalidInputError: the tokens or the KV do not fit, or too much would be pinned; nothing was published.
+            ArenaFullError: too much is pinned or being read; nothing was published.
             DeadlineExceededError: the registry did not answer in time; the blocks may appear later.
             RegistryError: the registry refused.
         Cancellation:
@@ -176,13 +189,14 @@ class Marketplace:
         if len(pages) != len(keys):
             raise InvalidInputError(f"kv has {len(pages)} blocks for {len(keys)} full blocks of tokens")
         deadline = Deadline(self._config.publish_deadline_s if deadline_s is None else deadline_s)
+        stay = Stay.of(self._config, ttl_s, pin_s)
         new = blocks = 0
         if keys:
             arena = self._arena
             if arena is None:
                 arena = await self._run(self._writer, self._open_arena, deadline)
             new, announced = await self._run(
-                self._writer, partial(arena.put, keys, PagedMemory.packed(pages)), deadline, borrowed=True
+                self._writer, partial(arena.put, keys, PagedMemory.packed(pages), stay), deadline, borrowed=True
             )
             if announced is not None:
                 await self._wait(asyncio.wrap_future(announced), deadline)
@@ -200,6 +214,26 @@ class Marketplace:
         keys = self._keys(tokens, extra_keys)
         deadline = Deadline(self._config.publish_deadline_s)
         return await self._run(self._writer, lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
+
+    async def pin(self, tokens: TokenIds, *, ttl_s: float, extra_keys: Sequence[bytes] | None = None) -> int:
+        """Keep this process's blocks of a prefix from being evicted for `ttl_s` seconds from now; returns how many.
+
+        Those are the leading ones that are in the arena. A later pin can only lengthen it; `unpin`, `withdraw`,
+        `bump_epoch` and the blocks' own time to live end it early.
+
+        Raises:
+            InvalidInputError: more than half of the arena would be pinned; nothing was changed.
+        """
+        keys = self._keys(tokens, extra_keys)
+        seconds = checked_seconds("ttl_s", ttl_s)
+        deadline = Deadline(self._config.publish_deadline_s)
+        return await self._run(self._writer, lambda: self._arena.pin(keys, seconds) if self._arena else 0, deadline)
+
+    async def unpin(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
+        """End the pins of a prefix's blocks; returns how many there were."""
+        keys = self._keys(tokens, extra_keys)
+        deadline = Deadline(self._config.publish_deadline_s)
+        return await self._run(self._writer, lambda: self._arena.unpin(keys) if self._arena else 0, deadline)
 
     async def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace, for new weights; returns the new epoch."""

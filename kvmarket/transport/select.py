@@ -43,7 +43,9 @@ class TransportSelector:
             if key in self._connections:
                 self._connections.move_to_end(key)
                 return self._connections[key]
-        made = self._connect(owner, describe())
+        descriptor = describe()
+        made = self._connect(owner, descriptor)
+        made.tier = descriptor.tier
         with self._lock:
             kept = self._connections.setdefault(key, made)
             self._owners[owner.incarnation] = owner.owner

@@ -18,6 +18,8 @@ GOOD = {
     "KVMARKET_PUBLISH_DEADLINE_S": ("3", "publish_deadline_s", 3.0),
     "KVMARKET_FETCH_CONCURRENCY": ("7", "fetch_concurrency", 7),
     "KVMARKET_ARENA_BYTES": ("1.5GiB", "arena_bytes", 3 << 29),
+    "KVMARKET_ARENA_EVICTION": ("s3fifo", "arena_eviction", "s3fifo"),
+    "KVMARKET_ARENA_TTL_S": ("1.5", "arena_ttl_s", 1.5),
     "KVMARKET_REGISTRY_BYTES": ("64m", "registry_bytes", 64 << 20),
     "KVMARKET_TENANT": ("acme", "tenant", "acme"),
     "KVMARKET_SALT": ("s3cret", "salt", "s3cret"),
@@ -33,6 +35,8 @@ BAD = {
     "KVMARKET_PUBLISH_DEADLINE_S": ["", "0", "nan"],
     "KVMARKET_FETCH_CONCURRENCY": ["", "0", "257", "1.5", "four"],
     "KVMARKET_ARENA_BYTES": ["", "0", "4095", "-1m", "1e3", "lots", "m", "infg", "nank", "16385g", "1 megabyte"],
+    "KVMARKET_ARENA_EVICTION": ["", "LRU", "fifo"],
+    "KVMARKET_ARENA_TTL_S": ["", "-1", "nan", "inf", "1h"],
     "KVMARKET_REGISTRY_BYTES": ["1", "1023k", "2t"],
 }
 
