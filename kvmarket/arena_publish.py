@@ -117,22 +117,34 @@ class ArenaPublisher:
             return len(new), self._publisher.offer(new, slots, wait=True)
 
     def keep(
-        self, keys: Sequence[bytes], parents: Sequence[bytes | None], pages: PagedMemory, numbers: Sequence[int]
+        self,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes | None],
+        pages: PagedMemory,
+        numbers: Sequence[int],
+        *,
+        epoch: int,
+        digests: Sequence[bytes] | None = None,
     ) -> int:
         """Copy in single blocks, of any prefixes, as far as there is room; return how many were new. Does no I/O.
+
+        A copy that is not what its digest says is refused by every reader that verifies.
 
         Args:
             keys: registry keys, parents before children.
             parents: the key of the block before each; None for the first of a prefix.
             pages: memory of the arena's kind.
             numbers: the page of each block there.
+            epoch: of the namespace, when the blocks were offered; when it is over nothing is kept.
+            digests: of the blocks, where they are known.
         """
         with self._changed:
-            if self._forgotten(keys):
+            if self._forgotten(keys) or self._publisher.epoch != epoch:
                 return 0
             now = time.monotonic()
             new, slots = self._copy_in(keys, parents, pages, numbers, now=now, stay=self._default, partly=True)
-            self._publisher.offer(new, slots)
+            known = None if digests is None else dict(zip(keys, digests, strict=True))
+            self._publisher.offer(new, slots, digests=None if known is None else [known[key] for key in new])
             self._count()
             return len(new)
 
@@ -217,6 +229,12 @@ class ArenaPublisher:
         with self._changed:
             self._evicted("epoch", self._arena.clear())
             self._count()
+
+    def forget(self) -> None:
+        """Make every block unreadable because the namespace has, or may have, a new epoch."""
+        with self._changed:
+            self._publisher.forget_all()
+            self.clear()
 
     # ---- expiry
 

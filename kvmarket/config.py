@@ -132,6 +132,8 @@ class MarketConfig:
         arena_bytes: memory for blocks published by copy.
         arena_eviction: which of them go first when it is full: ``lru``, or ``s3fifo``, which a scan does not flush.
         arena_ttl_s: how long a published copy lasts unless its publisher says otherwise; 0: until it is evicted.
+        keep_bytes: memory for copies of blocks that an engine is about to overwrite, which stay published from there;
+            0: they are not kept.
         registry_bytes: largest size of the registry file (sparse: it takes what it needs).
         tenant: whose blocks these are; part of the namespace.
         salt: a secret that keeps tenants apart; part of the namespace, never stored.
@@ -150,6 +152,7 @@ class MarketConfig:
     arena_bytes: int = _setting("ARENA_BYTES", 256 << 20, _size(4096, 1 << 44))
     arena_eviction: str = _setting("ARENA_EVICTION", "lru", _one_of(*POLICIES))
     arena_ttl_s: float = _setting("ARENA_TTL_S", 0.0, _number(0, SECONDS_MAX))
+    keep_bytes: int = _setting("KEEP_BYTES", 0, _size(0, 1 << 44))
     registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
     tenant: str = _setting("TENANT", "", str)
     salt: str = field(default="", repr=False, metadata={"env": PREFIX + "SALT", "parse": str})

@@ -87,6 +87,7 @@ class Loader:
             for transfer in outcome.transfers:
                 self._deltas.add_labelled("transport_bytes", transfer.transport, transfer.nbytes)
                 self._deltas.add_labelled("path_bytes", transfer.path, transfer.nbytes)
+                self._deltas.add_labelled("tier_bytes", transfer.tier, transfer.nbytes)
             if blocks < len(targets):
                 logger.info("kvmarket: %s of %s blocks loaded: %s", blocks, len(targets), outcome.detail)
         except KVMarketError as error:

@@ -73,7 +73,7 @@ class SchedulerRole:
         self._matches: dict[str, _Match] = {}
         self._loading: dict[str, tuple[bytes, set[int]]] = {}
         self._failed: set[str] = set()
-        self._offers = Offers(block_size, enabled=publishes)
+        self._offers = Offers(block_size, enabled=publishes, keeps=publishes and config.keep_bytes > 0)
         self._plan = StepPlan()
         self._logged: dict[str, int] = {}
         self._lookups: Lookups[Searched] = Lookups()
@@ -200,6 +200,7 @@ class SchedulerRole:
             plan.forget = True
             self._offers.clear()
         self._offers.step(output, self._requests, plan)
+        plan.keep = self._offers.overwritten()
         plan.idle = not output.total_num_scheduled_tokens
         for request_id in output.finished_req_ids:
             self._forget_request(request_id)

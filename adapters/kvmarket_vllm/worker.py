@@ -12,6 +12,7 @@ from kvmarket.core import MarketCore
 from kvmarket.errors import InvalidInputError, KVMarketError
 from kvmarket.spec import KVCacheSpec
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
+from kvmarket_vllm.keeping import Kept
 from kvmarket_vllm.layout import kv_dtype, paged_memory
 from kvmarket_vllm.loader import Loader
 from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
@@ -45,9 +46,12 @@ class _Market:
         self.region: LentRegion = core.lend(pages, shared)
         self.publisher: Publisher = core.publisher(self.region)
         self.loader = Loader(core, self.region.pages, rank, deltas)
+        self.kept = Kept.open(core, pages, self.publisher, deltas)
 
     def close(self) -> None:
         self.loader.close()
+        if self.kept is not None:
+            self.kept.close()
         self.core.close()
 
 
@@ -152,6 +156,8 @@ class WorkerRole:
         market = self._market(plan.root)
         if market is None:
             return
+        if market.kept is not None:
+            market.kept.before_forward(plan)
         if plan.forget:
             market.publisher.forget_all()
         if plan.dirty:

@@ -25,6 +25,13 @@ def flush(engine):
         market.publisher.flush(Deadline(10.0))
 
 
+def flush_kept(engine):
+    """Wait until the registry has taken everything this replica keeps; returns what its arena counts."""
+    kept = roles(engine)[0].market.kept
+    kept.arena._publisher.flush(Deadline(10.0))
+    return kept.core.metrics.snapshot()
+
+
 def offered(engine):
     """Return how many blocks this replica offers to peers right now."""
     market = roles(engine)[0].market

@@ -58,7 +58,7 @@ async def test_what_has_expired_is_withdrawn(market, config, peers):
     """Not only unreadable: the registry does not name it any more, and its memory is free."""
     reader = peers.spawn()
     reader.call(jobs.open_market, config)
-    await publish(market, 1, 4, ttl_s=0.3)
+    await publish(market, 1, 4, ttl_s=1.0)
     await publish(market, 2, 4)
     assert reader.call(jobs.fetch, 1, 4)[0].blocks_adopted == 4
 

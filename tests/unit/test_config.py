@@ -20,6 +20,7 @@ GOOD = {
     "KVMARKET_ARENA_BYTES": ("1.5GiB", "arena_bytes", 3 << 29),
     "KVMARKET_ARENA_EVICTION": ("s3fifo", "arena_eviction", "s3fifo"),
     "KVMARKET_ARENA_TTL_S": ("1.5", "arena_ttl_s", 1.5),
+    "KVMARKET_KEEP_BYTES": ("2GiB", "keep_bytes", 2 << 30),
     "KVMARKET_REGISTRY_BYTES": ("64m", "registry_bytes", 64 << 20),
     "KVMARKET_TENANT": ("acme", "tenant", "acme"),
     "KVMARKET_SALT": ("s3cret", "salt", "s3cret"),
@@ -37,6 +38,7 @@ BAD = {
     "KVMARKET_ARENA_BYTES": ["", "0", "4095", "-1m", "1e3", "lots", "m", "infg", "nank", "16385g", "1 megabyte"],
     "KVMARKET_ARENA_EVICTION": ["", "LRU", "fifo"],
     "KVMARKET_ARENA_TTL_S": ["", "-1", "nan", "inf", "1h"],
+    "KVMARKET_KEEP_BYTES": ["", "-1", "all"],
     "KVMARKET_REGISTRY_BYTES": ["1", "1023k", "2t"],
 }
 
