@@ -15,6 +15,7 @@ from kvmarket.errors import ArenaFullError, InvalidInputError, KVMarketError
 from kvmarket.region.arena import Arena
 from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.pages import copy_pages
+from kvmarket.registry.records import block_index
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from kvmarket.config import MarketConfig
     from kvmarket.core import MarketCore
+    from kvmarket.disk import DiskTier
+    from kvmarket.disk_log import StoredBlock
     from kvmarket.region.pages import PagedMemory
 
 
@@ -57,13 +60,21 @@ class ArenaPublisher:
         core: the marketplace.
         like: pages in memory of the kind, and of the card, that is to be published; default: host memory.
         nbytes: size of the arena; default `MarketConfig.arena_bytes`.
+        disk: where copies are written behind; its newest blocks take half of the arena at once. Closed by the caller,
+            before the marketplace is.
 
     Raises:
         InvalidInputError, RegistrationError: the card's memory cannot be lent.
         RegistryError: this process cannot be entered as an owner.
     """
 
-    def __init__(self, core: MarketCore, like: PagedMemory | None = None, nbytes: int | None = None) -> None:
+    def __init__(
+        self,
+        core: MarketCore,
+        like: PagedMemory | None = None,
+        nbytes: int | None = None,
+        disk: DiskTier | None = None,
+    ) -> None:
         cuda = (like.api, like.device) if isinstance(like, CudaPagedMemory) else None
         size = core.config.arena_bytes if nbytes is None else nbytes
         self._arena = Arena(size, core.namespace.spec.page_bytes, cuda, core.config.arena_eviction)
@@ -77,6 +88,10 @@ class ArenaPublisher:
         except KVMarketError:
             self._arena.close()
             raise
+        self._disk = disk if cuda is None else None
+        if self._disk is not None:
+            self._disk.lend(region)
+            self._disk.promote(self._promote, self._arena.capacity // 2)
 
     def put(
         self, keys: Sequence[bytes], pages: PagedMemory, stay: Stay | None = None
@@ -114,7 +129,9 @@ class ArenaPublisher:
             if stay.pin_s:
                 arena.pin(keys, now + stay.pin_s, now)
             self._count()
-            return len(new), self._publisher.offer(new, slots, wait=True)
+            announced = self._publisher.offer(new, slots, wait=True)
+            self._write_behind(keys, [None, *keys[:-1]], new, slots, stay.ttl_s)
+            return len(new), announced
 
     def keep(
         self,
@@ -145,8 +162,34 @@ class ArenaPublisher:
             new, slots = self._copy_in(keys, parents, pages, numbers, now=now, stay=self._default, partly=True)
             known = None if digests is None else dict(zip(keys, digests, strict=True))
             self._publisher.offer(new, slots, digests=None if known is None else [known[key] for key in new])
+            self._write_behind(keys, parents, new, slots, self._default.ttl_s)
             self._count()
             return len(new)
+
+    def _write_behind(
+        self,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes | None],
+        new: Sequence[bytes],
+        slots: Sequence[int],
+        ttl_s: float,
+    ) -> None:
+        if self._disk is not None and new:
+            parent_of = dict(zip(keys, parents, strict=True))
+            self._disk.write(new, [parent_of[key] for key in new], slots, self._publisher.epoch, ttl_s)
+
+    def _promote(self, blocks: Sequence[StoredBlock], pages: PagedMemory, epoch: int) -> int:
+        """Take blocks back from disk, for peers to fetch."""
+        rows = sorted(range(len(blocks)), key=lambda row: block_index(blocks[row].key))
+        taken = [blocks[row] for row in rows]
+        return self.keep(
+            [block.key for block in taken],
+            [block.parent for block in taken],
+            pages,
+            rows,
+            epoch=epoch,
+            digests=[block.digest for block in taken],
+        )
 
     def _forgotten(self, keys: Sequence[bytes]) -> bool:
         """Free what an epoch has made useless; True when another process bumped it since the last time."""
@@ -221,6 +264,8 @@ class ArenaPublisher:
         with self._changed:
             gone = self._arena.release(keys)
             self._evicted("withdrawn", gone)
+            if self._disk is not None:
+                self._disk.withdraw(keys)
             self._count()
             return len(gone)
 
@@ -228,6 +273,8 @@ class ArenaPublisher:
         """Make every block unreadable and free its slot."""
         with self._changed:
             self._evicted("epoch", self._arena.clear())
+            if self._disk is not None:
+                self._disk.notice(self._publisher.epoch)
             self._count()
 
     def forget(self) -> None:

@@ -111,6 +111,11 @@ def default_runtime_dir() -> Path:
     return base / f"kvmarket-{os.getuid()}"
 
 
+def default_disk_dir() -> Path:
+    """Where logs of blocks are kept: the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvmarket"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarketConfig:
     """All settings of one marketplace. Each field can be set by the environment name in its metadata.
@@ -134,6 +139,8 @@ class MarketConfig:
         arena_ttl_s: how long a published copy lasts unless its publisher says otherwise; 0: until it is evicted.
         keep_bytes: memory for copies of blocks that an engine is about to overwrite, which stay published from there;
             0: they are not kept.
+        disk_bytes: largest size of this process's log of published copies on disk; 0: there is none.
+        disk_dir: where such logs are; empty for ``kvmarket`` in the user's cache directory.
         registry_bytes: largest size of the registry file (sparse: it takes what it needs).
         tenant: whose blocks these are; part of the namespace.
         salt: a secret that keeps tenants apart; part of the namespace, never stored.
@@ -153,6 +160,8 @@ class MarketConfig:
     arena_eviction: str = _setting("ARENA_EVICTION", "lru", _one_of(*POLICIES))
     arena_ttl_s: float = _setting("ARENA_TTL_S", 0.0, _number(0, SECONDS_MAX))
     keep_bytes: int = _setting("KEEP_BYTES", 0, _size(0, 1 << 44))
+    disk_bytes: int = _setting("DISK_BYTES", 0, _size(0, 1 << 50))
+    disk_dir: str = _setting("DISK_DIR", "", str)
     registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
     tenant: str = _setting("TENANT", "", str)
     salt: str = field(default="", repr=False, metadata={"env": PREFIX + "SALT", "parse": str})
@@ -203,3 +212,8 @@ class MarketConfig:
         if self.registry.startswith("lmdb://"):
             return Path(self.registry.removeprefix("lmdb://"))
         return Path(self.runtime_dir) if self.runtime_dir else default_runtime_dir()
+
+    @property
+    def disk_directory(self) -> Path:
+        """Where the logs on disk are."""
+        return Path(self.disk_dir) if self.disk_dir else default_disk_dir()

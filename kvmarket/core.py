@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig
 from kvmarket.digest import default_digest
+from kvmarket.disk_place import forget_on_disk
 from kvmarket.errors import (
     InvalidInputError,
     KVMarketError,
@@ -180,6 +181,10 @@ class MarketCore:
 
     def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace (new weights); return the new epoch."""
+        try:
+            forget_on_disk(self.config.disk_directory, self.namespace)  # first: who sees the new epoch sees this
+        except OSError as error:
+            raise RegistryUnavailableError(f"blocks on disk cannot be made worthless: {error}") from error
         epoch = self.registry.bump_epoch(self._digest)
         for publisher in list(self._publishers):
             publisher.forget_all(epoch)

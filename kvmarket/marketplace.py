@@ -17,6 +17,7 @@ from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.cuda import is_cuda, packed_cuda_pages
 from kvmarket.deadline import Deadline
+from kvmarket.disk import DiskTier
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.fetch import Outcome
 from kvmarket.hashing import TokenIds, token_array
@@ -88,6 +89,9 @@ class Marketplace:
         self._slots = asyncio.Semaphore(config.fetch_concurrency)
         self._staging = StagingPool()
         self._arena: ArenaPublisher | None = None
+        self._disk = DiskTier(self._core) if config.disk_bytes else None
+        if self._disk is not None:
+            self._writer.submit(self._open_arena)  # for what a run before this one has left
         self._running: set[asyncio.Future[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
@@ -119,6 +123,8 @@ class Marketplace:
     def _close(self) -> None:
         self._readers.shutdown(wait=True)
         self._writer.shutdown(wait=True)
+        if self._disk is not None:
+            self._disk.close()
         if self._arena is not None:
             self._arena.stop()
         self._core.close()
@@ -206,7 +212,7 @@ class Marketplace:
 
     def _open_arena(self) -> ArenaPublisher:
         if self._arena is None:
-            self._arena = ArenaPublisher(self._core)
+            self._arena = ArenaPublisher(self._core, disk=self._disk)
         return self._arena
 
     async def withdraw(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
@@ -297,15 +303,20 @@ class Marketplace:
         found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
         outcome = Outcome(reason=reason, detail=detail)
+        stored = await self._stored(keys, found, local, deadline)
         if local is None:
-            local = PagedMemory.packed(self._staging.pages(found.blocks, self._spec.page_bytes))
+            local = PagedMemory.packed(self._staging.pages(found.blocks + stored, self._spec.page_bytes))
         if found.blocks:
             outcome = await self._read(found, local, deadline)
             if outcome.reason is MissReason.NONE:
                 outcome.reason, outcome.detail = reason, detail
+        if stored:
+            await self._read_stored(keys[: found.blocks + stored], found.epoch, local, deadline, outcome)
+            if outcome.blocks == len(keys):
+                outcome.reason, outcome.detail = MissReason.NONE, ""
         stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
         stages["total"] = time.perf_counter() - began
-        report = self._report(len(tokens), len(keys), found, outcome, stages)
+        report = self._report(len(tokens), len(keys), found.blocks + stored, outcome, stages)
         return FetchResult(local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks], report)
 
     def _local(self, out: Any) -> PagedMemory:
@@ -348,8 +359,30 @@ class Marketplace:
         finally:
             self._slots.release()
 
+    async def _stored(
+        self, keys: list[bytes], found: LookupResult, local: PagedMemory | None, deadline: Deadline
+    ) -> int:
+        """Return how many blocks after those that were found are on this process's disk."""
+        disk = self._disk
+        if disk is None or found.blocks == len(keys) or (local is not None and local.kind != "host"):
+            return 0
+        if not disk.opened:
+            with contextlib.suppress(DeadlineExceededError):
+                await self._run(self._readers, partial(disk.wait_opened, deadline), deadline)
+        return disk.run(keys[found.blocks :], found.epoch)
+
+    async def _read_stored(
+        self, keys: list[bytes], epoch: int, local: PagedMemory, deadline: Deadline, outcome: Outcome
+    ) -> None:
+        """Go on from disk where reading from owners ended."""
+        disk, rest = self._disk, keys[outcome.blocks :]
+        if disk is not None:
+            work = partial(disk.read, rest, epoch, local, np.arange(outcome.blocks, len(keys)), deadline)
+            with contextlib.suppress(DeadlineExceededError):
+                outcome.add_disk(await self._run(self._readers, work, deadline, borrowed=True))
+
     def _report(
-        self, tokens: int, blocks_asked: int, found: LookupResult, outcome: Outcome, stages: dict[str, float]
+        self, tokens: int, blocks_asked: int, matched: int, outcome: Outcome, stages: dict[str, float]
     ) -> FetchReport:
         metrics = self._core.metrics
         metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=outcome.blocks * self._spec.block_size)
@@ -357,7 +390,7 @@ class Marketplace:
             metrics.add_reason("fetch_ended", outcome.reason)
         return FetchReport(
             tokens_asked=tokens,
-            tokens_matched=found.blocks * self._spec.block_size,
+            tokens_matched=matched * self._spec.block_size,
             tokens_adopted=outcome.blocks * self._spec.block_size,
             blocks_adopted=outcome.blocks,
             blocks_verified=outcome.blocks_verified,

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvmarket.arena_publish import ArenaPublisher
 from kvmarket.core import MarketCore
+from kvmarket.disk import DiskTier
 from kvmarket.errors import InvalidInputError, KVMarketError
 from kvmarket.registry.records import block_index
 
@@ -35,9 +36,12 @@ class Kept:
         self._pages, self._engine, self._deltas = pages, publisher, deltas
         self._verifies = core.config.verify != "none"
         self.core = MarketCore(core.namespace, core.config, core.registry)
+        self._disk = DiskTier(self.core) if core.config.disk_bytes else None
         try:
-            self.arena = ArenaPublisher(self.core, nbytes=core.config.keep_bytes)
+            self.arena = ArenaPublisher(self.core, nbytes=core.config.keep_bytes, disk=self._disk)
         except KVMarketError:
+            if self._disk is not None:
+                self._disk.close()
             self.core.close()
             raise
         if self._verifies:
@@ -88,6 +92,8 @@ class Kept:
 
     def close(self) -> None:
         """Take everything back."""
+        if self._disk is not None:
+            self._disk.close()
         self.arena.stop()
         self.core.close()
         self.arena.close()

@@ -21,10 +21,13 @@ GOOD = {
     "KVMARKET_ARENA_EVICTION": ("s3fifo", "arena_eviction", "s3fifo"),
     "KVMARKET_ARENA_TTL_S": ("1.5", "arena_ttl_s", 1.5),
     "KVMARKET_KEEP_BYTES": ("2GiB", "keep_bytes", 2 << 30),
+    "KVMARKET_DISK_BYTES": ("2TiB", "disk_bytes", 2 << 40),
+    "KVMARKET_DISK_DIR": ("/var/cache/kv", "disk_dir", "/var/cache/kv"),
     "KVMARKET_REGISTRY_BYTES": ("64m", "registry_bytes", 64 << 20),
     "KVMARKET_TENANT": ("acme", "tenant", "acme"),
     "KVMARKET_SALT": ("s3cret", "salt", "s3cret"),
 }
+ANY_TEXT = ("RUNTIME_DIR", "DISK_DIR", "TENANT", "SALT")
 BAD = {
     "KVMARKET_TRANSPORT": ["", "SHM", "rdma"],
     "KVMARKET_UCX_REQUIRE": ["tcp", "RDMA"],
@@ -39,6 +42,7 @@ BAD = {
     "KVMARKET_ARENA_EVICTION": ["", "LRU", "fifo"],
     "KVMARKET_ARENA_TTL_S": ["", "-1", "nan", "inf", "1h"],
     "KVMARKET_KEEP_BYTES": ["", "-1", "all"],
+    "KVMARKET_DISK_BYTES": ["", "-1", "all"],
     "KVMARKET_REGISTRY_BYTES": ["1", "1023k", "2t"],
 }
 
@@ -46,7 +50,7 @@ BAD = {
 def test_every_setting_is_tried_below():
     names = {field.metadata["env"] for field in fields(MarketConfig)}
     assert set(GOOD) == names
-    assert set(BAD) == names - {"KVMARKET_RUNTIME_DIR", "KVMARKET_TENANT", "KVMARKET_SALT"}, "those three take any text"
+    assert set(BAD) == names - {f"KVMARKET_{name}" for name in ANY_TEXT}
 
 
 @pytest.mark.parametrize("name", GOOD)
