@@ -274,7 +274,7 @@ class DiskTier:
         return done.wait(deadline.remaining_s)
 
     def close(self) -> None:
-        """Write what waits, within seconds, and end. Call it before the region's pages become unreadable. Idempotent."""
+        """Write what waits, within seconds, and end. Call it before the region's pages are unreadable. Idempotent."""
         if self._closing.is_set():
             return
         end = time.monotonic() + FLUSH_S_MAX

@@ -110,3 +110,22 @@ def test_a_keeper_that_is_killed_is_a_miss(replicas, truth):
     (answer,) = reader.generate(asked[:1], max_tokens=ANSWER_TOKENS)
     assert answer.external_tokens == 0
     assert answer.tokens == truth.generate(asked[:1], max_tokens=ANSWER_TOKENS)[0].tokens
+
+
+def test_a_replica_that_was_killed_comes_back_with_what_was_on_its_disk(replicas, fleet, truth, tmp_path):
+    """The newest blocks of its log are published again from its arena; another replica fetches them, too."""
+    disk = {"keep_bytes": KEPT_BLOCKS * PAGE_BYTES, "disk_bytes": 64 << 20, "disk_dir": str(tmp_path / "disk")}
+    first = fleet.start(**small(**disk))
+    asked = prompts(9500, 6)
+    compute(first, asked)
+    first.call("vllm_faults:flush_kept")
+    first.kill()
+    first.wait_exit()
+    second = fleet.start(**small(**disk))
+    second.generate(prompts(9600, 1), max_tokens=1)  # a replica opens its market with its first request
+    assert second.call("vllm_faults:promoted", blocks=2 * PROMPT_BLOCKS) >= 2 * PROMPT_BLOCKS
+    right = tokens(truth.generate(asked[:2], max_tokens=ANSWER_TOKENS))
+    for replica in (replicas[1], second):
+        answers = replica.generate(asked[:2], max_tokens=ANSWER_TOKENS)
+        assert [answer.external_tokens for answer in answers] == [LOADED] * 2
+        assert tokens(answers) == right
