@@ -66,7 +66,7 @@ class DiskTier:
         self._log: DiskLog | None = None
         self._place: Place | None = None
         self._epoch = self._log_epoch = 0
-        self._off = False
+        self._off, self._pid = False, os.getpid()
         self._opened, self._closing = threading.Event(), threading.Event()
         self._queue: queue.Queue[_Write | Callable[[DiskLog], None] | None] = queue.Queue(QUEUE_MAX)
         self._region: LentRegion | None = None
@@ -275,7 +275,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Write what waits, within seconds, and end. Call it before the region's pages are unreadable. Idempotent."""
-        if self._closing.is_set():
+        if self._closing.is_set() or self._pid != os.getpid():  # in a forked child all of it is the parent's
             return
         end = time.monotonic() + FLUSH_S_MAX
         while self._queue.qsize() and not self._off and self._log is not None and time.monotonic() < end:

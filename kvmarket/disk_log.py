@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -49,6 +49,7 @@ class _Segment:
     nbytes: int = SEGMENT_HEADER_BYTES
     readers: int = 0
     retired: bool = False
+    keys: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,7 @@ class DiskLog:
         if gone:
             self._index.pop(block.key, None)
         elif self._offset(row) + self._record_bytes <= segment.nbytes:
-            self._index.pop(block.key, None)  # so that the order of the index is that of the writing
-            self._index[block.key] = _Entry(block, segment, row)
+            self._enter(block, segment, row)
 
     def _segment_header(self) -> bytes:
         begin = _SEGMENT_MAGIC + self._identity
@@ -245,8 +245,17 @@ class DiskLog:
         segment = self._segment_to_write()
         row = self._write(segment, self._header(block), page)
         with self._lock:
-            self._index.pop(block.key, None)
-            self._index[block.key] = _Entry(block, segment, row)
+            self._enter(block, segment, row)
+
+    def _enter(self, block: StoredBlock, segment: _Segment, row: int) -> None:
+        self._index.pop(block.key, None)  # so that the order of the index is that of the writing
+        self._index[block.key] = _Entry(block, segment, row)
+        segment.keys.append(block.key)
+
+    def _entries(self, segment: _Segment) -> list[_Entry]:
+        """Return the blocks that a segment holds. The lock is held."""
+        found = (self._index.get(key) for key in dict.fromkeys(segment.keys))
+        return [entry for entry in found if entry is not None and entry.segment is segment]
 
     def forget(self, keys: Iterable[bytes]) -> int:
         """Remove blocks, for good; return how many there were. Raises OSError."""
@@ -290,7 +299,7 @@ class DiskLog:
         import numpy as np
 
         with self._lock:
-            used = [entry for entry in self._index.values() if entry.segment is segment and entry.used]
+            used = [entry for entry in self._entries(segment) if entry.used]
         found: list[tuple[StoredBlock, np.ndarray]] = []
         for entry in used[: max(0, count)]:
             page = np.empty(self._page_bytes, np.uint8)
@@ -316,7 +325,8 @@ class DiskLog:
     def _retire(self, segment: _Segment) -> None:
         with self._lock:
             self._segments.remove(segment)
-            self._index = {key: entry for key, entry in self._index.items() if entry.segment is not segment}
+            for entry in self._entries(segment):
+                del self._index[entry.block.key]
             if self._open is segment:
                 self._open = None
             segment.retired = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PLACES_MAX = 64
 """Processes of one namespace that may have a log under one root at a time."""
 EPOCH_BYTES = 16
+_PLACE = re.compile(r"[0-9a-f]{32}/[0-9]+")
 
 
 def namespace_directory(root: Path, namespace: Namespace) -> Path:
@@ -80,6 +81,9 @@ class Place:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.stat()
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            raise PermissionError(f"{directory} belongs to another user, or others may write to it")
         for number in range(PLACES_MAX):
             path = directory / str(number)
             path.mkdir(mode=0o700, exist_ok=True)
@@ -113,8 +117,10 @@ def prune(root: Path, keep: Path, bytes_max: int) -> int:
     """
     left: list[tuple[float, int, Path]] = []
     for place in root.glob("*/*/"):
+        if not _PLACE.fullmatch(f"{place.parent.name}/{place.name}") or place == keep:
+            continue
         sizes = [(item.stat().st_mtime, item.stat().st_size) for item in place.glob("*.seg")]
-        if sizes and place != keep:
+        if sizes:
             left.append((max(when for when, _ in sizes), sum(nbytes for _, nbytes in sizes), place))
     total, removed = sum(nbytes for _, nbytes, _ in left), 0
     for _, nbytes, place in sorted(left):
@@ -122,7 +128,8 @@ def prune(root: Path, keep: Path, bytes_max: int) -> int:
             break
         fd = _lock(place)
         if fd is not None:
-            shutil.rmtree(place, ignore_errors=True)
+            for path in place.glob("*.seg"):
+                path.unlink(missing_ok=True)
             os.close(fd)
             removed += 1
         total -= nbytes  # what somebody holds is bounded by its holder

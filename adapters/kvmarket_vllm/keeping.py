@@ -51,6 +51,8 @@ class Kept:
     def open(cls, core: MarketCore, pages: PagedMemory, publisher: Publisher, deltas: Deltas) -> Self | None:
         """Return the arena that ``keep_bytes`` asks for, or None: none is asked for, or there cannot be one."""
         if not core.config.keep_bytes:
+            if core.config.disk_bytes:
+                logger.warning("kvmarket: disk_bytes without keep_bytes does nothing: the disk comes after kept blocks")
             return None
         if pages.kind != "host":
             logger.warning("kvmarket: keep_bytes keeps blocks of host memory only; nothing is kept")

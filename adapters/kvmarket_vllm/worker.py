@@ -34,6 +34,7 @@ logger = logging.getLogger("vllm.kvmarket")
 
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
+_COUNTED_KEPT = ("disk_blocks_written", "disk_blocks_promoted", "disk_errors")
 
 
 class _Market:
@@ -203,12 +204,18 @@ class WorkerRole:
         market = self.market
         if market is not None:
             counts = market.core.metrics.snapshot()
-            for name, value in counts.items():
-                if name in _COUNTED or name.startswith("blocks_refused{"):
-                    if delta := value - self._counted.get(name, 0):
-                        self.deltas.add(**{name: delta})
-                    self._counted[name] = value
+            self._count({k: v for k, v in counts.items() if k in _COUNTED or k.startswith("blocks_refused{")})
+            if market.kept is not None:
+                kept = market.kept.core.metrics.snapshot()
+                self._count({k: v for k, v in kept.items() if k in _COUNTED_KEPT or k.startswith("arena_evicted{")})
         return self.deltas.take()
+
+    def _count(self, counts: dict[str, float]) -> None:
+        """Add what has grown since the last step; no counter comes from two sources."""
+        for name, value in counts.items():
+            if delta := value - self._counted.get(name, 0):
+                self.deltas.add(**{name: delta})
+            self._counted[name] = value
 
     def _market(self, root: bytes) -> _Market | None:
         if self._opening is None:

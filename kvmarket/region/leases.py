@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LEASE_S = 10.0
 """A reader that takes longer reads without protection from then on, and may find its pages torn."""
-USES_MAX = 4096
-"""Reads remembered until the arena asks for them."""
+USES_MAX = 1 << 16
+"""Pages read that are remembered until the arena asks for them, the last ones."""
 
 
 class PageLeases:
@@ -35,7 +35,8 @@ class PageLeases:
         self._leases: OrderedDict[int, tuple[list[int], float]] = OrderedDict()
         self._readers: Counter[int] = Counter()
         self._claimed: set[int] = set()
-        self._uses: deque[list[int]] = deque(maxlen=USES_MAX)
+        self._uses: deque[list[int]] = deque()
+        self._pages_used = 0
         self._next = 1
 
     def hold(self, pages: Sequence[int]) -> int:
@@ -46,7 +47,7 @@ class PageLeases:
         """
         wanted = list(pages)
         with self._lock:
-            self._uses.append(wanted)
+            self._remember(wanted)
             self._end_expired()
             if not self._claimed.isdisjoint(wanted) or len(self._readers) + len(wanted) > self._pages_max:
                 return 0
@@ -83,9 +84,14 @@ class PageLeases:
     def take_uses(self) -> list[list[int]]:
         """Return the pages of each read since the last call, the oldest first; of very many only the last."""
         with self._lock:
-            uses = list(self._uses)
-            self._uses.clear()
+            uses, self._uses, self._pages_used = list(self._uses), deque(), 0
             return uses
+
+    def _remember(self, pages: list[int]) -> None:
+        self._uses.append(pages)
+        self._pages_used += len(pages)
+        while self._pages_used > USES_MAX:
+            self._pages_used -= len(self._uses.popleft())
 
     def _end(self, number: int) -> None:
         pages, _ = self._leases.pop(number, ((), 0.0))

@@ -67,6 +67,7 @@ def test_what_was_overwritten_is_fetched_from_the_arena(replicas, truth):
     assert counters["vllm:kvmarket_blocks_verified"] == 4 * PROMPT_BLOCKS
     assert keeper.counters()[HOST] >= 3 * PROMPT_BLOCKS * PAGE_BYTES
     assert keeper.counters()["vllm:kvmarket_errors"] == 0
+    assert keeper.counters().get("vllm:kvmarket_arena_evicted{reason=capacity}", 0) == 0
 
 
 def test_a_copy_that_is_not_what_was_announced_is_refused(replicas, truth):

@@ -33,10 +33,11 @@ def open_market(config):
 
 
 async def publish(market, *seeds, **how):
+    """Publish prompts, each when the one before is on disk: the arena holds less than three of them."""
     for seed in seeds:
         tokens = sample_tokens(seed, BLOCKS)
         await market.publish(tokens, sample_kv(tokens), **how)
-    assert await asyncio.to_thread(market._disk.flush, Deadline(10))
+        assert await asyncio.to_thread(market._disk.flush, Deadline(10))
 
 
 async def fetch(market, seed, blocks=BLOCKS):
@@ -233,10 +234,27 @@ async def test_a_directory_that_cannot_be_used_is_said_once(open_market, tmp_pat
     assert sum("disk tier is off, it could not be opened" in record.message for record in caplog.records) == 1
 
 
+async def test_a_directory_that_others_may_write_to_is_refused(open_market, config, caplog):
+    async with open_market() as market:
+        await publish(market, 1)
+    (path,) = segments(config)
+    path.parent.parent.chmod(0o770)
+    async with open_market() as market:
+        assert not (await fetch(market, 1)).hit
+    assert "others may write to it" in caplog.text
+
+
 async def test_logs_of_other_models_are_removed_when_there_are_too_many(open_market, config):
     for number in range(5):
         async with open_market(f"model-{number}", disk_bytes=200 << 10) as market:
             await publish(market, *range(1, 7))
+    foreign = Path(config.disk_dir) / "someone" / "7" / "1.seg"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(bytes(1 << 20))
+    async with open_market("model-5", disk_bytes=200 << 10) as market:
+        await publish(market, 1)
+    assert foreign.exists()
+    foreign.unlink()
     total = sum(path.stat().st_size for path in segments(config))
     assert total <= 2 * (200 << 10)
 
