@@ -51,6 +51,13 @@ def test_lookup():
             assert all(0 < times["p50_ms"] <= times["p99_ms"] for times in result[shape][kind].values())
 
 
+def test_disk():
+    result = last_line("disk.py")
+    assert (result["bench"], result["quick"]) == ("disk", True)
+    for pages in ("pages_32k", "pages_1024k"):
+        assert all(result[pages][f"{what}_ratio"] > 0 for what in ("write", "read"))
+
+
 def test_eviction():
     result = last_line("eviction.py")
     assert (result["bench"], result["quick"]) == ("eviction", True)
