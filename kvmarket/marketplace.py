@@ -303,14 +303,15 @@ class Marketplace:
         found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
         outcome = Outcome(reason=reason, detail=detail)
-        stored = await self._stored(keys, found, local, deadline)
+        on_host = local is None or local.kind == "host"
+        stored = await self._stored(keys[found.blocks :], found.epoch, deadline) if on_host else 0
         if local is None:
             local = PagedMemory.packed(self._staging.pages(found.blocks + stored, self._spec.page_bytes))
         if found.blocks:
             outcome = await self._read(found, local, deadline)
             if outcome.reason is MissReason.NONE:
                 outcome.reason, outcome.detail = reason, detail
-        if stored:
+        if on_host and outcome.blocks < found.blocks + stored:
             await self._read_stored(keys[: found.blocks + stored], found.epoch, local, deadline, outcome)
             if outcome.blocks == len(keys):
                 outcome.reason, outcome.detail = MissReason.NONE, ""
@@ -359,25 +360,24 @@ class Marketplace:
         finally:
             self._slots.release()
 
-    async def _stored(
-        self, keys: list[bytes], found: LookupResult, local: PagedMemory | None, deadline: Deadline
-    ) -> int:
-        """Return how many blocks after those that were found are on this process's disk."""
-        disk = self._disk
-        if disk is None or found.blocks == len(keys) or (local is not None and local.kind != "host"):
+    async def _stored(self, keys: list[bytes], epoch: int, deadline: Deadline) -> int:
+        """Return how many leading blocks of `keys` are on this process's disk."""
+        if self._disk is None or not keys:
             return 0
-        if not disk.opened:
+        if not self._disk.opened:
             with contextlib.suppress(DeadlineExceededError):
-                await self._run(self._readers, partial(disk.wait_opened, deadline), deadline)
-        return disk.run(keys[found.blocks :], found.epoch)
+                await self._run(self._readers, partial(self._disk.wait_opened, deadline), deadline)
+        return self._disk.run(keys, epoch)
 
     async def _read_stored(
         self, keys: list[bytes], epoch: int, local: PagedMemory, deadline: Deadline, outcome: Outcome
     ) -> None:
-        """Go on from disk where reading from owners ended."""
-        disk, rest = self._disk, keys[outcome.blocks :]
-        if disk is not None:
-            work = partial(disk.read, rest, epoch, local, np.arange(outcome.blocks, len(keys)), deadline)
+        """Go on from disk where reading from owners ended: there were no more, or they did not deliver."""
+        first = outcome.blocks
+        count = await self._stored(keys[first:], epoch, deadline)
+        if self._disk is not None and count:
+            pages = np.arange(first, first + count)
+            work = partial(self._disk.read, keys[first : first + count], epoch, local, pages, deadline)
             with contextlib.suppress(DeadlineExceededError):
                 outcome.add_disk(await self._run(self._readers, work, deadline, borrowed=True))
 
