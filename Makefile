@@ -7,7 +7,7 @@ SETUP = $(or $(PYTHON),$(error no python3.11 or python3 on the path; name one: m
 
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCHES ?= bench/fetch.py bench/lookup.py bench/registry.py bench/transport.py bench/vllm_ttft.py
+BENCHES ?= bench/disk.py bench/eviction.py bench/fetch.py bench/lookup.py bench/registry.py bench/transport.py bench/vllm_ttft.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -11,6 +11,7 @@ the process that holds it.
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.errors import (
+    ArenaFullError,
     ConfigError,
     DeadlineExceededError,
     IncompatibleSpecError,
@@ -29,6 +30,7 @@ from kvmarket.spec import KVCacheSpec
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArenaFullError",
     "ConfigError",
     "DeadlineExceededError",
     "FetchReport",

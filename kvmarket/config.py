@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
 from kvmarket.logs import FORMATS as LOG_FORMATS
+from kvmarket.region.eviction import POLICIES
 from kvmarket.secret import Secret
 from kvmarket.server_url import is_server_url, parse_url, without_secrets
 
@@ -25,6 +26,8 @@ TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc", "ucx")
 UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
 HIDDEN = ("salt", "secret")
 """Settings whose values are never shown."""
+SECONDS_MAX = 1e9
+"""The longest time that a block may be told to last."""
 VERIFY_MODES = ("none", "sampled", "full")
 
 
@@ -139,6 +142,11 @@ def default_runtime_dir() -> Path:
     return base / f"kvmarket-{os.getuid()}"
 
 
+def default_disk_dir() -> Path:
+    """Where logs of blocks are kept: the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvmarket"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarketConfig:
     """All settings of one marketplace. Each field can be set by the environment name in its metadata.
@@ -160,6 +168,12 @@ class MarketConfig:
         publish_deadline_s: a publish that takes longer raises `DeadlineExceededError`.
         fetch_concurrency: fetches that may run at once; more wait.
         arena_bytes: memory for blocks published by copy.
+        arena_eviction: which of them go first when it is full: ``lru``, or ``s3fifo``, which a scan does not flush.
+        arena_ttl_s: how long a published copy lasts unless its publisher says otherwise; 0: until it is evicted.
+        keep_bytes: memory for copies of blocks that an engine is about to overwrite, which stay published from there;
+            0: they are not kept.
+        disk_bytes: largest size of this process's log of published copies on disk; 0: there is none.
+        disk_dir: where such logs are; empty for ``kvmarket`` in the user's cache directory.
         registry_bytes: largest size of the registry file (sparse: it takes what it needs).
         metrics: where to serve metrics for Prometheus: ``PORT`` (of the loopback address), ``HOST:PORT``; empty for
             nowhere. All marketplaces of a process with the same address share one endpoint.
@@ -183,6 +197,11 @@ class MarketConfig:
     publish_deadline_s: float = _setting("PUBLISH_DEADLINE_S", 10.0, _number(0.001, 600))
     fetch_concurrency: int = _setting("FETCH_CONCURRENCY", 4, _count(1, 256))
     arena_bytes: int = _setting("ARENA_BYTES", 256 << 20, _size(4096, 1 << 44))
+    arena_eviction: str = _setting("ARENA_EVICTION", "lru", _one_of(*POLICIES))
+    arena_ttl_s: float = _setting("ARENA_TTL_S", 0.0, _number(0, SECONDS_MAX))
+    keep_bytes: int = _setting("KEEP_BYTES", 0, _size(0, 1 << 44))
+    disk_bytes: int = _setting("DISK_BYTES", 0, _size(0, 1 << 50))
+    disk_dir: str = _setting("DISK_DIR", "", str)
     registry_bytes: int = _setting("REGISTRY_BYTES", 1 << 30, _size(1 << 20, 1 << 40))
     metrics: str = _setting("METRICS", "", _metrics)
     log_format: str = _setting("LOG_FORMAT", "text", _one_of(*LOG_FORMATS))
@@ -251,3 +270,8 @@ class MarketConfig:
         if self.registry.startswith("lmdb://"):
             return Path(self.registry.removeprefix("lmdb://"))
         return Path(self.runtime_dir) if self.runtime_dir else default_runtime_dir()
+
+    @property
+    def disk_directory(self) -> Path:
+        """Where the logs on disk are."""
+        return Path(self.disk_dir) if self.disk_dir else default_disk_dir()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvmarket.config import MarketConfig, listening_address
 from kvmarket.digest import default_digest
+from kvmarket.disk_place import forget_on_disk
 from kvmarket.errors import (
     InvalidInputError,
     KVMarketError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from kvmarket.exporter import Endpoint
     from kvmarket.identity import Namespace, OwnerInfo
+    from kvmarket.region.leases import PageLeases
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory
 
@@ -124,13 +126,22 @@ class MarketCore:
                 self._owner = self.registry.register_owner(self._incarnation)
             return self._owner
 
-    def lend(self, pages: PagedMemory, shared: Sequence[SharedMemory] = ()) -> LentRegion:
+    def lend(
+        self,
+        pages: PagedMemory,
+        shared: Sequence[SharedMemory] = (),
+        *,
+        tier: str = "engine",
+        leases: PageLeases | None = None,
+    ) -> LentRegion:
         """Let peers read `pages` in place. Nothing is readable until it is published.
 
         Args:
             pages: the pages; `pages.layout.page_bytes` must be the spec's.
             shared: the shared memories behind `pages.memories`, in that order; empty for memory that is private to
                 this process, which only marketplaces of this process can then read.
+            tier: what holds them, see `LentRegion`.
+            leases: where readers that this process knows of say which pages they read.
 
         Raises:
             InvalidInputError: page size, memories or layout do not fit.
@@ -157,6 +168,8 @@ class MarketCore:
                 exports=self._exports(pages),
                 digest=default_digest(pages.kind),
                 verify=self.config.verify,
+                tier=tier,
+                leases=leases,
             )
             try:
                 self.registry.register_region(owner.owner, region.region_id, region.describe(endpoints).to_wire())
@@ -196,6 +209,10 @@ class MarketCore:
 
     def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace (new weights); return the new epoch."""
+        try:
+            forget_on_disk(self.config.disk_directory, self.namespace)  # first: who sees the new epoch sees this
+        except OSError as error:
+            raise RegistryUnavailableError(f"blocks on disk cannot be made worthless: {error}") from error
         epoch = self.registry.bump_epoch(self._digest)
         for publisher in list(self._publishers):
             publisher.forget_all(epoch)

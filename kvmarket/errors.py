@@ -23,6 +23,10 @@ class MarketClosedError(KVMarketError):
     """The marketplace was closed by this process."""
 
 
+class ArenaFullError(KVMarketError):
+    """There is no room for a block: what the arena holds is pinned or being read; the message says how much of it."""
+
+
 class DeadlineExceededError(KVMarketError, TimeoutError):
     """An operation that is not a fetch (those miss instead) did not finish before its deadline."""
 

@@ -57,6 +57,15 @@ class Outcome:
     stages: dict[str, float] = field(default_factory=lambda: {"connect": 0.0, "read": 0.0, "verify": 0.0})
     blocks_verified: int = 0
 
+    def add_disk(self, report: TransferReport) -> None:
+        """Add what this process's own disk held of the following blocks."""
+        if report.pages:
+            self.blocks += report.pages
+            self.blocks_verified += report.pages
+            self.sources["disk"] = report.pages
+            self.transfers.append(report)
+        self.stages["read"] += report.seconds
+
 
 class Fetcher:
     """Look-ups and reads in one namespace. Thread-safe."""
@@ -231,6 +240,8 @@ class Fetcher:
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
         outcome.blocks += good
+        if good:
+            self._metrics.add_labelled("tier_blocks", "tier", report.tier, good)
         outcome.transfers.append(report)
         outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
         return good

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kvmarket.arena_publish import ArenaPublisher
+from kvmarket.arena_publish import ArenaPublisher, Stay, checked_seconds
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.cuda import is_cuda, packed_cuda_pages
 from kvmarket.deadline import Deadline
+from kvmarket.disk import DiskTier
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.fetch import Outcome
 from kvmarket.hashing import TokenIds, token_array
@@ -88,6 +89,9 @@ class Marketplace:
         self._slots = asyncio.Semaphore(config.fetch_concurrency)
         self._staging = StagingPool()
         self._arena: ArenaPublisher | None = None
+        self._disk = DiskTier(self._core) if config.disk_bytes else None
+        if self._disk is not None:
+            self._writer.submit(self._open_arena)  # for what a run before this one has left
         self._running: set[asyncio.Future[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
@@ -119,6 +123,10 @@ class Marketplace:
     def _close(self) -> None:
         self._readers.shutdown(wait=True)
         self._writer.shutdown(wait=True)
+        if self._disk is not None:
+            self._disk.close()
+        if self._arena is not None:
+            self._arena.stop()
         self._core.close()
         if self._arena is not None:
             self._arena.close()
@@ -150,7 +158,14 @@ class Marketplace:
     # ---- publish
 
     async def publish(
-        self, tokens: TokenIds, kv: Any, *, extra_keys: Sequence[bytes] | None = None, deadline_s: float | None = None
+        self,
+        tokens: TokenIds,
+        kv: Any,
+        *,
+        extra_keys: Sequence[bytes] | None = None,
+        deadline_s: float | None = None,
+        ttl_s: float | None = None,
+        pin_s: float = 0.0,
     ) -> PublishReport:
         """Offer the KV of a prefix to every process of the namespace; copies it once into this process's arena.
 
@@ -159,12 +174,16 @@ class Marketplace:
             kv: the pages of its full blocks in order, see `kvmarket.tensors.as_pages`.
             extra_keys: per full block, what else makes its KV differ (image digests, ...).
             deadline_s: seconds; default `MarketConfig.publish_deadline_s`.
+            ttl_s: seconds after which the blocks are withdrawn; default `MarketConfig.arena_ttl_s`, and 0 for never.
+                Blocks that are published already last as long as the longest that anybody asked for.
+            pin_s: seconds for which the blocks are not evicted, see `pin`.
 
         Returns:
             When it returns, peers can fetch the blocks.
 
         Raises:
-            InvalidInputError: the tokens or the KV do not fit; nothing was published.
+            InvalidInputError: the tokens or the KV do not fit, or too much would be pinned; nothing was published.
+            ArenaFullError: too much is pinned or being read; nothing was published.
             DeadlineExceededError: the registry did not answer in time; the blocks may appear later.
             RegistryError: the registry refused.
         Cancellation:
@@ -176,13 +195,14 @@ class Marketplace:
         if len(pages) != len(keys):
             raise InvalidInputError(f"kv has {len(pages)} blocks for {len(keys)} full blocks of tokens")
         deadline = Deadline(self._config.publish_deadline_s if deadline_s is None else deadline_s)
+        stay = Stay.of(self._config, ttl_s, pin_s)
         new = blocks = 0
         if keys:
             arena = self._arena
             if arena is None:
                 arena = await self._run(self._writer, self._open_arena, deadline)
             new, announced = await self._run(
-                self._writer, partial(arena.put, keys, PagedMemory.packed(pages)), deadline, borrowed=True
+                self._writer, partial(arena.put, keys, PagedMemory.packed(pages), stay), deadline, borrowed=True
             )
             if announced is not None:
                 await self._wait(asyncio.wrap_future(announced), deadline)
@@ -192,7 +212,7 @@ class Marketplace:
 
     def _open_arena(self) -> ArenaPublisher:
         if self._arena is None:
-            self._arena = ArenaPublisher(self._core)
+            self._arena = ArenaPublisher(self._core, disk=self._disk)
         return self._arena
 
     async def withdraw(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
@@ -200,6 +220,26 @@ class Marketplace:
         keys = self._keys(tokens, extra_keys)
         deadline = Deadline(self._config.publish_deadline_s)
         return await self._run(self._writer, lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
+
+    async def pin(self, tokens: TokenIds, *, ttl_s: float, extra_keys: Sequence[bytes] | None = None) -> int:
+        """Keep this process's blocks of a prefix from being evicted for `ttl_s` seconds from now; returns how many.
+
+        Those are the leading ones that are in the arena. A later pin can only lengthen it; `unpin`, `withdraw`,
+        `bump_epoch` and the blocks' own time to live end it early.
+
+        Raises:
+            InvalidInputError: more than half of the arena would be pinned; nothing was changed.
+        """
+        keys = self._keys(tokens, extra_keys)
+        seconds = checked_seconds("ttl_s", ttl_s)
+        deadline = Deadline(self._config.publish_deadline_s)
+        return await self._run(self._writer, lambda: self._arena.pin(keys, seconds) if self._arena else 0, deadline)
+
+    async def unpin(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
+        """End the pins of a prefix's blocks; returns how many there were."""
+        keys = self._keys(tokens, extra_keys)
+        deadline = Deadline(self._config.publish_deadline_s)
+        return await self._run(self._writer, lambda: self._arena.unpin(keys) if self._arena else 0, deadline)
 
     async def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace, for new weights; returns the new epoch."""
@@ -262,15 +302,21 @@ class Marketplace:
         found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
         outcome = Outcome(reason=reason, detail=detail)
+        on_host = local is None or local.kind == "host"
+        stored = await self._stored(keys[found.blocks :], found.epoch, deadline) if on_host else 0
         if local is None:
-            local = PagedMemory.packed(self._staging.pages(found.blocks, self._spec.page_bytes))
+            local = PagedMemory.packed(self._staging.pages(found.blocks + stored, self._spec.page_bytes))
         if found.blocks:
             outcome = await self._read(found, local, deadline)
             if outcome.reason is MissReason.NONE:
                 outcome.reason, outcome.detail = reason, detail
+        if on_host and outcome.blocks < found.blocks + stored:
+            await self._read_stored(keys[: found.blocks + stored], found.epoch, local, deadline, outcome)
+            if outcome.blocks == len(keys):
+                outcome.reason, outcome.detail = MissReason.NONE, ""
         stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
         stages["total"] = time.perf_counter() - began
-        report = self._report(len(tokens), len(keys), found, outcome, stages)
+        report = self._report(len(tokens), len(keys), found.blocks + stored, outcome, stages)
         return FetchResult(local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks], report)
 
     def _local(self, out: Any) -> PagedMemory:
@@ -313,8 +359,29 @@ class Marketplace:
         finally:
             self._slots.release()
 
+    async def _stored(self, keys: list[bytes], epoch: int, deadline: Deadline) -> int:
+        """Return how many leading blocks of `keys` are on this process's disk."""
+        if self._disk is None or not keys:
+            return 0
+        if not self._disk.opened:
+            with contextlib.suppress(DeadlineExceededError):
+                await self._run(self._readers, partial(self._disk.wait_opened, deadline), deadline)
+        return self._disk.run(keys, epoch)
+
+    async def _read_stored(
+        self, keys: list[bytes], epoch: int, local: PagedMemory, deadline: Deadline, outcome: Outcome
+    ) -> None:
+        """Go on from disk where reading from owners ended: there were no more, or they did not deliver."""
+        first = outcome.blocks
+        count = await self._stored(keys[first:], epoch, deadline)
+        if self._disk is not None and count:
+            pages = np.arange(first, first + count)
+            work = partial(self._disk.read, keys[first : first + count], epoch, local, pages, deadline)
+            with contextlib.suppress(DeadlineExceededError):
+                outcome.add_disk(await self._run(self._readers, work, deadline, borrowed=True))
+
     def _report(
-        self, tokens: int, blocks_asked: int, found: LookupResult, outcome: Outcome, stages: dict[str, float]
+        self, tokens: int, blocks_asked: int, matched: int, outcome: Outcome, stages: dict[str, float]
     ) -> FetchReport:
         metrics, adopted = self._core.metrics, outcome.blocks * self._spec.block_size
         metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=adopted)
@@ -324,7 +391,7 @@ class Marketplace:
             metrics.observe_phases("fetch_seconds", stages)
         return FetchReport(
             tokens_asked=tokens,
-            tokens_matched=found.blocks * self._spec.block_size,
+            tokens_matched=matched * self._spec.block_size,
             tokens_adopted=adopted,
             blocks_adopted=outcome.blocks,
             blocks_verified=outcome.blocks_verified,

@@ -26,7 +26,8 @@ from kvmarket.errors import (
     RegistryUnavailableError,
 )
 from kvmarket.logs import Log
-from kvmarket.registry.records import make_records
+from kvmarket.region.generations import readable
+from kvmarket.registry.records import DIGEST_BYTES, make_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class _Job:
     generations: np.ndarray | None
     done: Future[int] | None = None
     after: Callable[[], bool] | None = None
+    digests: list[bytes] | None = None
 
 
 class Publisher:
@@ -80,6 +82,7 @@ class Publisher:
         self._digest = namespace.digest
         self._registry, self._owner, self._region, self._metrics = registry, owner, region, metrics
         self._with_digests = with_digests
+        self._announced: tuple[np.ndarray, np.ndarray] | None = None
         self._epoch = registry.epoch(self._digest)
         self._lock = threading.Lock()
         self._key_of: dict[int, bytes] = {}
@@ -105,8 +108,31 @@ class Publisher:
         with self._lock:
             return self._page_of.get(key)
 
+    @property
+    def epoch(self) -> int:
+        """The namespace's epoch as far as this publisher has noticed it."""
+        return self._epoch
+
+    def remember_digests(self) -> None:
+        """Keep the digests of announced pages, for `digests_of`. Call it before anything is offered."""
+        pages = self._region.layout.num_pages
+        self._announced = np.zeros(pages, np.uint64), np.zeros(pages, f"V{DIGEST_BYTES}")
+
+    def digests_of(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (n,) V16 digests that `pages` were announced with, and (n,) bool: which of them still hold."""
+        if self._announced is None:
+            return np.zeros(len(pages), f"V{DIGEST_BYTES}"), np.zeros(len(pages), bool)
+        generations, digests = self._announced
+        return digests[pages], readable(self._region.generations.values, pages, generations[pages])
+
     def offer(
-        self, keys: Sequence[bytes], pages: Sequence[int], *, wait: bool = False, after: Any = None
+        self,
+        keys: Sequence[bytes],
+        pages: Sequence[int],
+        *,
+        wait: bool = False,
+        after: Any = None,
+        digests: Sequence[bytes] | None = None,
     ) -> Future[int] | None:
         """Make `pages` readable as the blocks `keys`; their bytes must be final. Announced soon after, in order.
 
@@ -116,6 +142,7 @@ class Publisher:
             wait: return a future of the number of blocks announced; it cannot be cancelled.
             after: the bytes are final once this has passed (see `kvmarket.completion`): a CUDA event behind the kernels
                 that fill the pages, or their stream. The pages become readable then, unless they are retracted first.
+            digests: of the pages, where they are known; not with `after`.
         """
         ended = None if after is None else completion(after)
         done: Future[int] | None = None
@@ -135,7 +162,11 @@ class Publisher:
                 self._key_of[page], self._page_of[key] = key, page
             table = self._region.generations
             generations = table.validate(numbers) if ended is None else table.reserve(numbers)
-            self._put(_Job([key for key, _ in fresh], numbers, generations, done, ended))
+            job = _Job([key for key, _ in fresh], numbers, generations, done, ended)
+            if digests is not None:
+                known = dict(zip(keys, digests, strict=True))
+                job.digests = [known[key] for key in job.keys]
+            self._put(job)
         return done
 
     def _take_back(self, job: _Job) -> None:
@@ -341,7 +372,7 @@ class Publisher:
         epoch = self._epoch  # before the generations are looked at: who changes it invalidates them first
         pages = np.concatenate([job.pages for job in jobs])
         generations = np.concatenate([job.generations for job in jobs if job.generations is not None])
-        digests = page_digests(self._region.pages, pages) if self._with_digests else None
+        digests = self._digests(jobs, pages) if self._with_digests else None
         # A page that changed while its digest was computed has another generation by now: leave it out.
         current = np.flatnonzero(self._region.generations.values[pages] == generations)
         keys = [keys[i] for i in current]
@@ -363,8 +394,20 @@ class Publisher:
             if overtaken:
                 self._epoch = self._registry.epoch(self._digest)
             return 0
+        if self._announced is not None and digests is not None:
+            self._announced[1][records["page"]] = records["digest"]
+            self._announced[0][records["page"]] = records["generation"]
         self._metrics.add(blocks_announced=len(keys))
         return len(keys)
+
+    def _digests(self, jobs: list[_Job], pages: np.ndarray) -> list[bytes]:
+        """Return the digests of all pages of `jobs`, computed unless they came with them."""
+        if all(job.digests is None for job in jobs):
+            return page_digests(self._region.pages, pages)
+        found: list[bytes] = []
+        for job in jobs:
+            found += page_digests(self._region.pages, job.pages) if job.digests is None else job.digests
+        return found
 
     def _withdraw(self, jobs: list[_Job]) -> int:
         keys = []

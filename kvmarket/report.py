@@ -56,6 +56,7 @@ class TransferReport:
         seconds: wall time of the whole call.
         copy_seconds: the part of it spent moving bytes.
         refused: page index in the request -> reason, for every page that was not delivered.
+        tier: what held the pages: ``engine`` (memory lent in place), ``host`` (an arena of copies) or ``disk``.
     """
 
     transport: str
@@ -65,6 +66,7 @@ class TransferReport:
     seconds: float
     copy_seconds: float
     refused: dict[int, MissReason] = field(default_factory=dict)
+    tier: str = "engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,11 @@ class FetchReport:
         """The transports that carried bytes, joined by ``+``; empty when nothing moved."""
         return "+".join(sorted({t.transport for t in self.transfers if t.pages}))
 
+    @property
+    def tier(self) -> str:
+        """The tiers that served, joined by ``+``; see `TransferReport`."""
+        return "+".join(sorted({t.tier for t in self.transfers if t.pages}))
+
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready summary."""
         return {
@@ -142,6 +149,7 @@ class FetchReport:
             "tokens_adopted": self.tokens_adopted,
             "nbytes": self.nbytes,
             "transport": self.transport,
+            "tier": self.tier,
             "paths": sorted({t.path for t in self.transfers if t.pages}),
             "sources": self.sources,
             "stages_ms": {k: round(v * 1e3, 3) for k, v in self.stages.items()},

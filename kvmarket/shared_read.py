@@ -128,4 +128,5 @@ class SharedRead:
             seconds,
             sum(report.copy_seconds for report in self._reports),
             refused,
+            self._connection.tier,
         )

@@ -186,11 +186,13 @@ class CacheMarket:
 
     def close(self) -> None:
         """Take everything back. Idempotent; no fetch may be running."""
-        self.core.close()
         with self._lock:
-            if self._arena is not None:
-                self._arena.close()
-                self._arena = None
+            arena, self._arena = self._arena, None
+        if arena is not None:
+            arena.stop()
+        self.core.close()
+        if arena is not None:
+            arena.close()
 
 
 def _one_prompt(tokens: Any) -> np.ndarray:

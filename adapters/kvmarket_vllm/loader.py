@@ -84,6 +84,8 @@ class Loader:
             wanted = replace(found, blocks=len(targets), records=found.records[found.records["block"] < len(targets)])
             outcome = self._core.fetcher.read(wanted, self._pages, targets, deadline)
             blocks = outcome.blocks
+            for transfer in outcome.transfers:
+                self._deltas.add_labelled("tier_bytes", transfer.tier, transfer.nbytes)
             if blocks < len(targets):
                 events.info(
                     "loaded_less", "not all blocks were loaded", loaded=blocks, of=len(targets), why=outcome.detail

@@ -55,6 +55,7 @@ class StepPlan(KVConnectorMetadata):
         dirty: offered blocks that this step overwrites: unreadable before the forward.
         publish: (registry key, block id) of blocks whose KV is final after the forward.
         loads: to start in this step.
+        keep: (registry key, key of the block before it or None, block id) of what is in `dirty`, to be copied before.
         forget: make every page unreadable first (the local prefix cache was reset).
         idle: nothing is computed in this step.
     """
@@ -62,6 +63,7 @@ class StepPlan(KVConnectorMetadata):
     root: bytes = b""
     dirty: list[int] = field(default_factory=list)
     publish: list[tuple[bytes, int]] = field(default_factory=list)
+    keep: list[tuple[bytes, bytes | None, int]] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     forget: bool = False
     idle: bool = False

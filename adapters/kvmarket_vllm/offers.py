@@ -27,8 +27,11 @@ class Offers:
         seal: what block hashes go through, see `kvmarket.identity.Namespace.sealer`.
     """
 
-    def __init__(self, block_size: int, *, enabled: bool, seal: Sealer = NOT_SEALED) -> None:
+    def __init__(self, block_size: int, *, enabled: bool, keeps: bool = False, seal: Sealer = NOT_SEALED) -> None:
         self._block_size, self._enabled, self.seal = block_size, enabled, seal
+        self._keeps = keeps
+        self._parents: dict[int, bytes | None] = {}
+        self._overwritten: list[tuple[bytes, bytes | None, int]] = []
         self._pool: Any = None
         self._hash_map: Any = None
         self._offered: dict[int, bytes] = {}
@@ -50,19 +53,35 @@ class Offers:
 
     def clear(self) -> None:
         """Forget all offers, because vLLM's own prefix cache was emptied."""
-        self._offered.clear()
+        self._drop_offers()
         self._void.clear()
         self._void.update(*self._tables.values())
 
     def void(self) -> None:
         """Never again offer what blocks hold now, nor what is computed from it; vLLM may still have it cached."""
         self._void.update(self._offered, *self._tables.values())
+        self._drop_offers()
+
+    def _drop_offers(self) -> None:
         self._offered.clear()
+        self._parents.clear()
+        self._overwritten.clear()
 
     def take_back(self, block_ids: Iterable[int]) -> list[int]:
         """Return those of `block_ids`, which get new content, that are offered, and no longer count them as such."""
         self._void.difference_update(block_ids := list(block_ids))
-        return [block for block in block_ids if self._offered.pop(block, None) is not None]
+        taken: list[int] = []
+        for block in block_ids:
+            if (key := self._offered.pop(block, None)) is not None:
+                taken.append(block)
+                if self._keeps:
+                    self._overwritten.append((key, self._parents.pop(block, None), block))
+        return taken
+
+    def overwritten(self) -> list[tuple[bytes, bytes | None, int]]:
+        """Return (key, key of the block before it or None, block) of all that was taken back since the last call."""
+        taken, self._overwritten = self._overwritten, []
+        return taken
 
     def forget_request(self, request_id: str) -> None:
         """Drop a finished request's table."""
@@ -116,6 +135,8 @@ class Offers:
             key = block_key(hashes, index, self.seal)
             if self._offered.get(block) != key:
                 self._offered[block] = key
+                if self._keeps:
+                    self._parents[block] = block_key(hashes, index - 1, self.seal) if index else None
                 plan.publish.append((key, block))
             self._seen[request_id] = index + 1
 

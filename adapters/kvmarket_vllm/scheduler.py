@@ -74,7 +74,8 @@ class SchedulerRole:
         self._matches: dict[str, _Match] = {}
         self._loading: dict[str, tuple[bytes, set[int]]] = {}
         self._failed: set[str] = set()
-        self._offers = Offers(block_size, enabled=publishes, seal=sealer(config.read_secret()))
+        keeps = publishes and config.keep_bytes > 0
+        self._offers = Offers(block_size, enabled=publishes, keeps=keeps, seal=sealer(config.read_secret()))
         self._plan = StepPlan()
         self._logged: dict[str, int] = {}
         self._lookups: Lookups[Searched] = Lookups()
@@ -207,6 +208,7 @@ class SchedulerRole:
         if self._resets.owed:
             plan.publish.clear()  # it would be published as what all are about to forget, or are not told to
             self._offers.void()
+        plan.keep = self._offers.overwritten()
         plan.idle = not output.total_num_scheduled_tokens
         for request_id in output.finished_req_ids:
             self._forget_request(request_id)

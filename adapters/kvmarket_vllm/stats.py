@@ -19,17 +19,24 @@ COUNTERS = {
     "load_seconds": "seconds spent reading and proving blocks",
     "blocks_offered": "blocks offered to peers, in place",
     "blocks_retracted": "offered blocks that were taken back before being overwritten",
+    "blocks_kept": "blocks copied to the host arena before vLLM overwrote them",
+    "keep_seconds": "seconds spent copying them",
     "blocks_announced": "blocks that the registry took",
     "announcements_failed": "blocks that the registry did not take",
     "announcements_dropped": "blocks not announced because too many waited",
     "blocks_verified": "adopted blocks whose bytes were compared with the owner's digest",
+    "disk_blocks_written": "kept blocks written to disk",
+    "disk_blocks_promoted": "blocks taken back from disk after a start",
+    "disk_errors": "failures of the disk, after which it is done without",
     "resets": "times all processes of the namespace were told to forget",
     "errors": "unexpected errors, each turned into a recompute",
 }
 LABELLED = {
     "misses": ("reason", "look-ups that ended before the prompt did, by reason"),
     "blocks_refused": ("reason", "blocks read and discarded, by reason"),
+    "arena_evicted": ("reason", "kept blocks that left the host arena, by reason"),
     "transport_bytes": ("transport", "bytes read from peers, by the transport that really carried them"),
+    "tier_bytes": ("tier", "bytes read, by what held them: an engine's KV cache, an arena of copies, or a disk"),
     "path_bytes": ("path", "bytes read from peers, by the way they took: mapped memory, or the lanes of UCX"),
 }
 """Counters with one more label: name -> (label, documentation)."""

@@ -12,6 +12,7 @@ from kvmarket.core import MarketCore
 from kvmarket.errors import InvalidInputError, KVMarketError
 from kvmarket.spec import KVCacheSpec
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
+from kvmarket_vllm.keeping import Kept
 from kvmarket_vllm.layout import kv_dtype, paged_memory
 from kvmarket_vllm.loader import Loader
 from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
@@ -34,6 +35,7 @@ logger = logging.getLogger("vllm.kvmarket")
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
 _COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
+_COUNTED_KEPT = ("disk_blocks_written", "disk_blocks_promoted", "disk_errors")
 
 
 class _Market:
@@ -46,9 +48,12 @@ class _Market:
         self.region: LentRegion = core.lend(pages, shared)
         self.publisher: Publisher = core.publisher(self.region)
         self.loader = Loader(core, self.region.pages, rank, deltas)
+        self.kept = Kept.open(core, pages, self.publisher, deltas)
 
     def close(self) -> None:
         self.loader.close()
+        if self.kept is not None:
+            self.kept.close()
         self.core.close()
 
 
@@ -153,6 +158,8 @@ class WorkerRole:
         market = self._market(plan.root)
         if market is None:
             return
+        if market.kept is not None:
+            market.kept.before_forward(plan)
         if plan.forget:
             market.publisher.forget_all()
         if plan.dirty:
@@ -198,12 +205,18 @@ class WorkerRole:
         market = self.market
         if market is not None:
             counts = market.core.metrics.snapshot()
-            for name, value in counts.items():
-                if name in _COUNTED or name.startswith(_COUNTED_BY):
-                    if delta := value - self._counted.get(name, 0):
-                        self.deltas.add(**{name: delta})
-                    self._counted[name] = value
+            self._count({k: v for k, v in counts.items() if k in _COUNTED or k.startswith(_COUNTED_BY)})
+            if market.kept is not None:
+                kept = market.kept.core.metrics.snapshot()
+                self._count({k: v for k, v in kept.items() if k in _COUNTED_KEPT or k.startswith("arena_evicted{")})
         return self.deltas.take()
+
+    def _count(self, counts: dict[str, float]) -> None:
+        """Add what has grown since the last step; no counter comes from two sources."""
+        for name, value in counts.items():
+            if delta := value - self._counted.get(name, 0):
+                self.deltas.add(**{name: delta})
+            self._counted[name] = value
 
     def _market(self, root: bytes) -> _Market | None:
         if self._opening is None:

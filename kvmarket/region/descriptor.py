@@ -37,6 +37,7 @@ class RegionDescriptor:
         kind: what holds the pages: ``host`` or ``cuda``.
         cuda: where CUDA memory is: a place that holds `probe`, and then the memories; empty when it is private.
         digest: algorithm of the digests in this region's records.
+        tier: what holds the pages at the owner: ``engine`` (lent in place) or ``host`` (an arena of copies).
     """
 
     region_id: int
@@ -50,6 +51,7 @@ class RegionDescriptor:
     kind: str = "host"
     cuda: tuple[CudaAddress, ...] = ()
     digest: str = "xxh3_128"
+    tier: str = "engine"
 
     def to_wire(self) -> dict[str, Any]:
         """The msgpack-ready form."""
@@ -64,6 +66,8 @@ class RegionDescriptor:
         }
         if self.endpoints:
             wire["endpoints"] = {scheme: [list(item) for item in where] for scheme, where in self.endpoints.items()}
+        if self.tier != "engine":
+            wire["tier"] = self.tier
         if self.kind != "host":
             addresses = [address.as_list() for address in self.cuda]
             wire |= {"memory_kind": self.kind, "cuda": addresses, "digest": self.digest}
@@ -94,6 +98,7 @@ class RegionDescriptor:
                 verify=_word(wire["verify"]),
                 kind=_word(wire.get("memory_kind", "host")),
                 cuda=tuple(_cuda_address(*item) for item in cuda),
+                tier=_word(wire.get("tier", "engine")),
                 digest=_word(wire.get("digest", "xxh3_128")),
             )
             if not all(memory.nbytes for memory in (*descriptor.memories, descriptor.generations)):

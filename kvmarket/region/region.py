@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kvmarket.region.cuda import CudaAddress
+    from kvmarket.region.leases import PageLeases
     from kvmarket.region.memory import SharedMemory
     from kvmarket.region.pages import PagedMemory, PageLayout
 
@@ -35,6 +36,8 @@ class LentRegion:
         region_id: its number among this owner's regions.
         pages: the pages, writable.
         generations: one counter per page, shared with readers.
+        tier: what holds the pages: ``engine`` (memory of the caller's, lent in place) or ``host`` (an arena of copies).
+        leases: taken by readers that this process knows of; None where nobody waits for them.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class LentRegion:
         exports: Exports | None = None,
         digest: str = "xxh3_128",
         verify: str = "full",
+        tier: str = "engine",
+        leases: PageLeases | None = None,
     ) -> None:
         """Lend `pages`.
 
@@ -60,10 +65,12 @@ class LentRegion:
             exports: how peers reach CUDA pages; None when only this process may read them.
             digest: algorithm of the digests that will be announced.
             verify: how this owner verifies what it adopts, see `RegionDescriptor`.
+            tier: see above.
+            leases: see above.
         """
         pages.layout.check([len(memory) for memory in pages.memories])
         self.region_id, self.pages, self._shared, self._fingerprint = region_id, pages, tuple(shared), fingerprint
-        self._verify = verify
+        self._verify, self.tier, self.leases = verify, tier, leases
         self.generations = GenerationTable(pages.layout.num_pages, incarnation)
         self._exports, self._digest = exports, digest
         self._cuda: tuple[CudaAddress, ...] = ()
@@ -104,6 +111,7 @@ class LentRegion:
             cuda=self._cuda,
             digest=self._digest,
             verify=self._verify,
+            tier=self.tier,
         )
 
     def close(self) -> None:

@@ -118,9 +118,14 @@ def block_key(hashes: Sequence[bytes], index: int, seal: Sealer = NOT_SEALED) ->
     return seal(hashes[index - index % RUN_BLOCKS])[:HEAD_BYTES] + index.to_bytes(4, "big") + seal(hashes[index])
 
 
+def block_index(key: bytes) -> int:
+    """Return the index in its prefix of the block that a registry key names."""
+    return int.from_bytes(key[HEAD_BYTES : HEAD_BYTES + 4], "big")
+
+
 def blocks_to_run_end(key: bytes) -> int:
     """Return how many blocks, that of `key` included, its run of `RUN_BLOCKS` still has."""
-    return RUN_BLOCKS - int.from_bytes(key[HEAD_BYTES : HEAD_BYTES + 4], "big") % RUN_BLOCKS
+    return RUN_BLOCKS - block_index(key) % RUN_BLOCKS
 
 
 def have_digest(records: BlockRecords) -> np.ndarray:

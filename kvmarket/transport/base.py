@@ -80,6 +80,8 @@ class Connection(ABC):
     """Kinds of local memory that it can read into."""
     digest: str = "xxh3_128"
     """Algorithm of the digests in the region's records."""
+    tier: str = "engine"
+    """What holds the region's pages at its owner, see `RegionDescriptor`."""
     digests: bool = False
     """It digests pages in the course of the read (see `ReadRequest.digest`), which is cheaper than afterwards."""
 

@@ -58,7 +58,7 @@ class InprocTransport(Transport):
         self.require_memory(owner, region.pages.kind)
         if region.generations.probe != descriptor.probe:
             raise PeerGoneError("the region is not the one described", scheme=self.scheme, peer=str(owner))
-        return MappedConnection(self.scheme, "memcpy", region.pages, region.generations.values)
+        return MappedConnection(self.scheme, "memcpy", region.pages, region.generations.values, region.leases)
 
     def close(self) -> None:
         """Nothing is held."""

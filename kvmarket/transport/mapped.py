@@ -14,19 +14,27 @@ from kvmarket.transport.base import Connection, OnGroup, ReadRequest
 
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
+    from kvmarket.region.leases import PageLeases
 
 GROUP_BYTES = 4 << 20
 """Bytes copied before their generations are looked at again, with the deadline, and verified while cached."""
 
 
 class MappedConnection(Connection):
-    """Pages and generations of one region, both readable by plain loads."""
+    """Pages and generations of one region, both readable by plain loads; `leases` where the owner is this process."""
 
     immediate = True
 
-    def __init__(self, scheme: str, path: str, pages: PagedMemory, generations: np.ndarray) -> None:
+    def __init__(
+        self,
+        scheme: str,
+        path: str,
+        pages: PagedMemory,
+        generations: np.ndarray,
+        leases: PageLeases | None = None,
+    ) -> None:
         self.scheme, self.path = scheme, path
-        self._pages, self._generations = pages, generations
+        self._pages, self._generations, self._leases = pages, generations, leases
 
     def readers(self, local: PagedMemory) -> int:
         """Two, unless pages are cut so small that the threads would wait for each other's turn in Python."""
@@ -38,6 +46,15 @@ class MappedConnection(Connection):
         return readable(self._generations, pages, generations)
 
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
+        if self._leases is None:
+            return self._read(request, deadline, on_group)
+        lease = self._leases.hold(request.pages.tolist())
+        try:
+            return self._read(request, deadline, on_group)
+        finally:
+            self._leases.release(lease)
+
+    def _read(self, request: ReadRequest, deadline: Deadline, on_group: OnGroup | None) -> TransferReport:
         began = time.perf_counter()
         total, page_bytes = len(request.pages), self._pages.layout.page_bytes
         group = max(1, GROUP_BYTES // page_bytes)

@@ -52,7 +52,9 @@ class TransportSelector:
             if key in self._connections:
                 self._connections.move_to_end(key)
                 return self._connections[key]
-        made = self._connect(owner, describe(), deadline)
+        descriptor = describe()
+        made = self._connect(owner, descriptor, deadline)
+        made.tier = descriptor.tier
         with self._lock:
             kept = self._connections.setdefault(key, made)
             self._owners[owner.incarnation] = owner.owner

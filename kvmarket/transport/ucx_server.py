@@ -233,9 +233,12 @@ class ServerSession:
 
     def _serve(self, region: LentRegion, transfer: int, pages: np.ndarray, generations: np.ndarray) -> None:
         """Check, send in place, check again."""
-        values = region.generations.values
+        values, leases = region.generations.values, region.leases
+        lease = leases.hold(pages.tolist()) if leases is not None else 0
         stale = np.flatnonzero(~readable(values, pages, generations))
         if len(stale):
+            if leases is not None:
+                leases.release(lease)
             self._send(Trailer(transfer, stale.tolist(), []))
             return
         memory_fence()  # the bytes are read after the generations
@@ -246,6 +249,8 @@ class ServerSession:
 
         def sent(status: int) -> None:
             self._reads -= 1
+            if leases is not None:
+                leases.release(lease)
             if status != api.UCS_OK:
                 return  # the endpoint is failing; its end is reported by UCX
             memory_fence()  # and the generations again after the bytes

@@ -25,6 +25,29 @@ def flush(engine):
         market.publisher.flush(Deadline(10.0))
 
 
+def flush_kept(engine):
+    """Wait until the registry (and the disk) has taken everything this replica keeps; returns what its arena counts."""
+    kept = roles(engine)[0].market.kept
+    kept.arena._publisher.flush(Deadline(10.0))
+    if kept._disk is not None:
+        assert kept._disk.flush(Deadline(10.0))
+    return kept.core.metrics.snapshot()
+
+
+def promoted(engine, *, blocks):
+    """Wait until so many blocks have come back from disk and are announced; return how many it were."""
+    kept = None
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        market = roles(engine)[0].market
+        kept = market.kept if market is not None else None
+        if kept is not None and kept.core.metrics.snapshot().get("disk_blocks_promoted", 0) >= blocks:
+            kept.arena._publisher.flush(Deadline(10.0))
+            break
+        time.sleep(0.01)
+    return kept.core.metrics.snapshot().get("disk_blocks_promoted", 0) if kept is not None else 0
+
+
 def offered(engine):
     """Return how many blocks this replica offers to peers right now."""
     market = roles(engine)[0].market

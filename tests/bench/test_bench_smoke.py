@@ -51,6 +51,22 @@ def test_lookup():
             assert all(0 < times["p50_ms"] <= times["p99_ms"] for times in result[shape][kind].values())
 
 
+def test_disk():
+    result = last_line("disk.py")
+    assert (result["bench"], result["quick"]) == ("disk", True)
+    for pages in ("pages_32k", "pages_1024k"):
+        assert all(result[pages][f"{what}_ratio"] > 0 for what in ("write", "read"))
+
+
+def test_eviction():
+    result = last_line("eviction.py")
+    assert (result["bench"], result["quick"]) == ("eviction", True)
+    for policy in ("lru", "s3fifo"):
+        assert 0 < result[policy]["after_scan"] < 1
+        assert result[policy]["ns_per_block"] > 0
+    assert result["s3fifo"]["kept"] > result["lru"]["kept"]
+
+
 @pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
 def test_registry():
     pytest.importorskip("redis", reason="the extra 'redis' is not installed")

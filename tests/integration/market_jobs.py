@@ -111,3 +111,19 @@ def read_versions_for(state, seconds, board):
         return adopted, wrong, state.market.metrics(), longest_s
 
     return state.loop.run_until_complete(run())
+
+
+def publish_for_ever(state, first_seed, blocks, board):
+    """Publish prompt after prompt; the newest seed that was published is in the file `board`."""
+    newest = np.memmap(board, np.int64, "r+", shape=(1,))
+    for seed in range(first_seed, 1 << 30):
+        publish(state, seed, blocks)
+        newest[0] = seed
+
+
+def metrics(state):
+    return state.market.metrics()
+
+
+def flush_disk(state):
+    return state.market._disk.flush(Deadline(10))

@@ -335,3 +335,18 @@ def test_encryption_by_url(tmp_path, certificate):
         with pytest.raises(RegistryUnavailableError, match=r"(?i)certificate"):
             untrusting.lookup(digest, chain(1, 10))
         untrusting.close()
+
+
+def test_what_is_on_disk_is_served_after_a_restart_unless_another_host_bumped_the_epoch(peers, config, tmp_path):
+    """The other host is a process that keeps its logs elsewhere: only the server tells of the new epoch."""
+    config = replace(config, disk_bytes=8 << 20, disk_dir=str(tmp_path / "disk"))
+    other = market(peers, replace(config, disk_bytes=0, disk_dir=str(tmp_path / "elsewhere")))
+    owner = market(peers, config)
+    owner.call(jobs.publish, 1, BLOCKS)
+    assert owner.call(jobs.flush_disk)
+    owner.kill()
+    again = market(peers, config)
+    assert fetched(again, 1).blocks_adopted == BLOCKS
+    again.kill()
+    other.call(jobs.bump_epoch)
+    assert not fetched(market(peers, config), 1).hit

@@ -39,6 +39,17 @@ def publish_in_peer(state, settings):
     return [region.describe().memories != () for region in state.market.core._regions]
 
 
+def publish_over_tcp_in_peer(state, settings):
+    os.environ["UCX_TLS"] = "tcp,self"
+    publish_in_peer(state, settings)
+
+
+def leases_in_peer(state):
+    """Return the sizes of the reads that held leases of the peer's arena, and the pages still leased."""
+    leases = state.market._arena._arena.leases
+    return [len(pages) for pages in leases.take_uses()], leases.held()
+
+
 def close_in_peer(state):
     state.loop.run_until_complete(state.market.aclose())
 
@@ -69,6 +80,18 @@ async def test_blocks_travel_through_ucx_between_two_processes_and_the_report_na
     peer.call(close_in_peer)
     gone = await fetch(settings, transport="ucx")
     assert not gone.hit
+
+
+async def test_pages_that_the_owner_sends_are_leased_meanwhile(peers, settings, monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    peer = peers.spawn()
+    peer.call(publish_over_tcp_in_peer, {**settings, "transport": "ucx"})
+    report = await fetch(settings, transport="ucx")
+    assert {transfer.path.split("(")[0] for transfer in report.transfers} == {"am"}
+    assert (report.blocks_adopted, report.tier) == (BLOCKS, "host")
+    reads, held = peer.call(leases_in_peer)
+    assert sum(reads) == BLOCKS
+    assert held == set()
 
 
 async def test_auto_prefers_shared_memory_on_one_host_and_does_not_listen(peers, settings):

@@ -8,6 +8,7 @@ import kvmarket
 from kvmarket import errors
 
 PUBLIC = [
+    "ArenaFullError",
     "ConfigError",
     "DeadlineExceededError",
     "FetchReport",

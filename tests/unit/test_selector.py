@@ -1,6 +1,7 @@
 """Which transport is taken, and what is said when none reaches."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,10 @@ from kvmarket.errors import PeerGoneError, TransportUnavailableError
 from kvmarket.identity import OwnerInfo
 from kvmarket.transport import Connection, Transport, TransportSelector
 from kvmarket.transport.select import CONNECTIONS_MAX
+
+
+def describe():
+    return SimpleNamespace(tier="host")
 
 
 def owner(number=1):
@@ -46,12 +51,13 @@ def test_the_first_that_reaches_is_taken_and_remembered():
     far, near = FakeTransport("far", TransportUnavailableError("too far", scheme="far")), FakeTransport("near")
     selector = TransportSelector([far, near, FakeTransport("never")])
     described = []
-    connection = selector.connection(owner(), 0, lambda: described.append(1))
+    connection = selector.connection(owner(), 0, lambda: described.append(1) or describe())
     assert connection is near.made[0]
-    assert selector.connection(owner(), 0, lambda: described.append(1)) is connection
-    assert selector.connection(owner(), 1, lambda: described.append(1)) is not connection
-    assert selector.connection(owner(2), 0, lambda: described.append(1)) is not connection
+    assert selector.connection(owner(), 0, lambda: described.append(1) or describe()) is connection
+    assert selector.connection(owner(), 1, lambda: described.append(1) or describe()) is not connection
+    assert selector.connection(owner(2), 0, lambda: described.append(1) or describe()) is not connection
     assert len(described) == 3
+    assert connection.tier == "host"
     selector.close()
     assert [made.closed for made in near.made] == [1, 1, 1]
     assert near.closed == far.closed == 1
@@ -60,7 +66,7 @@ def test_the_first_that_reaches_is_taken_and_remembered():
 def test_when_none_reaches_every_reason_is_told():
     transports = [FakeTransport(name, TransportUnavailableError(f"{name} says no")) for name in ("a", "b")]
     with pytest.raises(TransportUnavailableError, match="a: a says no; b: b says no") as caught:
-        TransportSelector(transports).connection(owner(), 0, lambda: None)
+        TransportSelector(transports).connection(owner(), 0, describe)
     assert caught.value.scheme == "a+b"
     assert caught.value.peer == "host/pid 1"
 
@@ -69,38 +75,36 @@ def test_an_owner_that_is_gone_is_not_tried_elsewhere():
     other = FakeTransport("other")
     selector = TransportSelector([FakeTransport("shm", PeerGoneError("dead")), other])
     with pytest.raises(PeerGoneError):
-        selector.connection(owner(), 0, lambda: None)
+        selector.connection(owner(), 0, describe)
     assert other.made == []
 
 
 def test_owners_that_died_are_forgotten():
     transport = FakeTransport("t")
     selector = TransportSelector([transport])
-    connections = {number: selector.connection(owner(number), 0, lambda: None) for number in (1, 2, 3)}
+    connections = {number: selector.connection(owner(number), 0, describe) for number in (1, 2, 3)}
     selector.forget(owner(1))
-    assert selector.connection(owner(1), 0, lambda: None) is not connections[1]
+    assert selector.connection(owner(1), 0, describe) is not connections[1]
     selector.forget_dead(lambda number: number == 3)
-    assert selector.connection(owner(3), 0, lambda: None) is connections[3]
-    assert selector.connection(owner(2), 0, lambda: None) is not connections[2]
+    assert selector.connection(owner(3), 0, describe) is connections[3]
+    assert selector.connection(owner(2), 0, describe) is not connections[2]
 
 
 def test_the_number_of_connections_is_bounded():
     selector = TransportSelector([FakeTransport("t")])
-    first = selector.connection(owner(), 0, lambda: None)
+    first = selector.connection(owner(), 0, describe)
     for region in range(1, CONNECTIONS_MAX):
-        selector.connection(owner(), region, lambda: None)
-    assert selector.connection(owner(), 0, lambda: None) is first, "used lately"
-    selector.connection(owner(), CONNECTIONS_MAX, lambda: None)
-    assert selector.connection(owner(), 0, lambda: None) is first
+        selector.connection(owner(), region, describe)
+    assert selector.connection(owner(), 0, describe) is first, "used lately"
+    selector.connection(owner(), CONNECTIONS_MAX, describe)
+    assert selector.connection(owner(), 0, describe) is first
     assert len(selector._connections) == CONNECTIONS_MAX
 
 
 def test_threads_that_connect_at_once_share_one_connection():
     transport = FakeTransport("t", gate=threading.Barrier(4))
     selector, got = TransportSelector([transport]), []
-    threads = [
-        threading.Thread(target=lambda: got.append(selector.connection(owner(), 0, lambda: None))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: got.append(selector.connection(owner(), 0, describe))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -199,3 +199,22 @@ def test_a_secret_seals_what_is_offered():
     keys = [key for key, _ in plan.publish]
     assert keys == [block_key(scheduler.requests["a"].block_hashes, index, seal) for index in range(2)]
     assert not set(keys) & {scheduler.key("a", index) for index in range(2)}
+
+
+def test_what_is_overwritten_can_be_kept(scheduler):
+    """With the key of the block before it, and no more once it was forgotten."""
+    keeping = Scheduler()
+    keeping.offers = Offers(BLOCK, enabled=True, keeps=True)
+    keeping.offers.bind_pool(keeping.pool)
+    prefill(keeping, "a", [5, 6, 7], 12)
+    keeping.offers.forget_request("a")
+    assert keeping.offers.overwritten() == []
+    prefill(keeping, "b", [7, 5], 8)
+    keys = [keeping.key("a", index) for index in range(3)]
+    assert keeping.offers.overwritten() == [(keys[2], keys[1], 7), (keys[0], None, 5)]
+    keeping.offers.take_back([6])
+    keeping.offers.void()
+    assert keeping.offers.overwritten() == []
+    prefill(scheduler, "a", [5, 6, 7], 12)
+    scheduler.offers.take_back([5])
+    assert scheduler.offers.overwritten() == [], "nothing is remembered where nothing is kept"
