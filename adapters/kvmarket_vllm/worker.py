@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmarket.core import MarketCore
-from kvmarket.errors import InvalidInputError, KVMarketError
+from kvmarket.errors import InvalidInputError, KVMarketError, MissingExtraError, RegistrationError, TransportError
 from kvmarket.spec import KVCacheSpec
+from kvmarket_vllm.card import behind_launched_work, card_pages, launched_work
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
 from kvmarket_vllm.layout import kv_dtype, paged_memory
 from kvmarket_vllm.loader import Loader
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from kvmarket.config import MarketConfig
     from kvmarket.publish import Publisher
     from kvmarket.region import LentRegion, PagedMemory, SharedMemory
+    from kvmarket.region.cuda import CudaPagedMemory
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -36,15 +39,26 @@ _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped",
 
 
 class _Market:
-    """The open market of one worker: core, region, publisher and loader, made and closed together."""
+    """The open market of one worker: core, region, publisher and loader, made and closed together.
+
+    Attributes:
+        region, publisher: None where the memory of a card cannot be lent; such a replica only fetches.
+    """
 
     def __init__(
         self, core: MarketCore, pages: PagedMemory, shared: list[SharedMemory], rank: Rank, deltas: Deltas
     ) -> None:
         self.core = core
-        self.region: LentRegion = core.lend(pages, shared)
-        self.publisher: Publisher = core.publisher(self.region)
-        self.loader = Loader(core, self.region.pages, rank, deltas)
+        self.region: LentRegion | None = None
+        self.publisher: Publisher | None = None
+        try:
+            self.region = core.lend(pages, shared)
+            self.publisher = core.publisher(self.region)
+        except RegistrationError as error:
+            logger.warning("kvmarket: this replica fetches from peers, but they cannot fetch from it: %s", error)
+        on_card = pages.kind == "cuda"
+        ordered = partial(behind_launched_work, cast("CudaPagedMemory", pages)) if on_card else None
+        self.loader = Loader(core, pages, rank, deltas, ordered)
 
     def close(self) -> None:
         self.loader.close()
@@ -61,22 +75,22 @@ class WorkerRole:
         self._kv_cache_config, self._rank = kv_cache_config, rank
         self._allocation = SharedAllocation()
         self._pages: PagedMemory | None = None
+        self._on_host = vllm_config.device_config.device_type == "cpu"
         self._shared: list[SharedMemory] = []
         self._facts: WorkerFacts | None = None
         self._opening: Opening[_Market] | None = None
         self._counted: dict[str, float] = {}
         self._lost: list[Load] = []
         self.deltas = Deltas()
-        on_host = vllm_config.device_config.device_type == "cpu"
-        if on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
+        if self._on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
             self._allocation.span_until_registered()
 
     # ---- start
 
     def allocation_context(self) -> AbstractContextManager[Any] | None:
         """Return the context in which vLLM should allocate its KV cache."""
-        if unsupported(self._vllm_config, self._kv_cache_config):
-            return None
+        if not self._on_host or unsupported(self._vllm_config, self._kv_cache_config):
+            return None  # a card's memory is lent as it is
         return self._allocation
 
     def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -84,10 +98,11 @@ class WorkerRole:
         self._allocation.end_span()
         try:
             self._facts = self._describe(tensors)
-        except (InvalidInputError, OSError) as error:
+        except (InvalidInputError, MissingExtraError, TransportError, OSError) as error:
             self._facts = self._refuse(str(error))
         self._allocation.keep_only(self._shared)
-        if not self._facts.refusal and not self._shared:  # a refusal is the scheduler's to log, once for all ranks
+        private = self._on_host and not self._shared
+        if private and not self._facts.refusal:  # a refusal is the scheduler's to log, once for all ranks
             logger.warning(
                 "kvmarket: this vLLM allocates its KV cache in private memory: this replica fetches from peers, but "
                 "only replicas of its own process can fetch from it"
@@ -95,12 +110,16 @@ class WorkerRole:
 
     def _describe(self, tensors: Mapping[str, torch.Tensor]) -> WorkerFacts:
         refusal = unsupported(self._vllm_config, self._kv_cache_config)
-        if not refusal and any(tensor.device.type != "cpu" for tensor in tensors.values()):
-            refusal = "the KV cache is not in host memory, which no transport of this version reads"
+        kinds = {tensor.device.type for tensor in tensors.values()}
+        if not refusal and kinds not in ({"cpu"}, {"cuda"}):
+            refusal = f"the KV cache is in memory of {' and '.join(sorted(kinds))}, which no transport reads"
         if refusal:
             return self._refuse(refusal)
-        memories = self._allocation.memories
-        self._pages, self._shared, order = paged_memory(tensors, self._kv_cache_config.num_blocks, memories)
+        num_blocks = self._kv_cache_config.num_blocks
+        if self._on_host:
+            self._pages, self._shared, order = paged_memory(tensors, num_blocks, self._allocation.memories)
+        else:
+            self._pages, order = card_pages(tensors, num_blocks)
         spec = self._spec(tensors, self._pages.layout.page_bytes)
         identity = model_identity(self._vllm_config, self._own.get("model_id", ""), self._own.get("weights_digest", ""))
         return WorkerFacts(spec.as_dict(), engine_facts(self._vllm_config, order), identity)
@@ -150,7 +169,7 @@ class WorkerRole:
     def before_forward(self, plan: StepPlan) -> None:
         """Make unreadable what this step overwrites. Must return before the forward."""
         market = self._market(plan.root)
-        if market is None:
+        if market is None or market.publisher is None:
             return
         if plan.forget:
             market.publisher.forget_all()
@@ -168,11 +187,13 @@ class WorkerRole:
                 market.loader.start(load, inline=plan.idle and market.core.registry.local)
 
     def after_forward(self, plan: StepPlan) -> None:
-        """Offer the blocks that this step completed."""
+        """Offer the blocks that this step completes: on a card, once its kernels have ended."""
         market = self._market(plan.root)
-        if market is not None and plan.publish and self._shared:
+        private = self._on_host and not self._shared
+        if market is not None and market.publisher is not None and plan.publish and not private:
             keys, blocks = zip(*plan.publish, strict=True)
-            market.publisher.offer(keys, blocks)
+            after = launched_work() if market.region is not None and market.region.pages.kind == "cuda" else None
+            market.publisher.offer(keys, blocks, after=after)
             self.deltas.add(blocks_offered=len(blocks))
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[int]]:
