@@ -2,8 +2,8 @@
 
 Four replicas of a random 1B Llama shape (bfloat16, eager): A and B with the connector, P and Q without. Prompt by
 prompt and interleaved, each of 64 answer tokens: P, Q and A compute the prompt (A publishes), B fetches it, then
-everybody asks again and hits its own cache. Then A, or P for comparison, decodes while B fetches. Medians, and ratios of
-medians; Q against P is what replicas differ without any connector. The last line is JSON.
+everybody asks again and hits its own cache. Then A, or P for comparison, decodes while B fetches. Medians, and ratios
+of medians; Q against P is what replicas differ without any connector. The last line is JSON.
 
     python bench/vllm_gpu.py [--prompts 12] [--prefix 15000] [--quick]
 """
@@ -162,7 +162,8 @@ def main() -> None:
         counters = replicas["B"].counters()
         transport = carried_by(replicas["B"])
     result = summary(answers, busy)
-    result["load_ms_mean"] = round(1e3 * counters["vllm:kvmarket_load_seconds"] / counters["vllm:kvmarket_loads"], 3)
+    loads = max(counters["vllm:kvmarket_loads"], 1)
+    result["load_ms_mean"] = round(1e3 * counters["vllm:kvmarket_load_seconds"] / loads, 3)
     result |= {"transport": transport, "prefix_tokens": prefix, "kv_mib": prefix * size.kv_bytes_per_token(2) >> 20}
     result |= {"model_parameters": size.num_parameters, "prompts": count}
     for phase, values in result["phases"].items():
