@@ -15,6 +15,7 @@ BLOCK_SIZE = 16
 
 _ENVIRON = {
     "PYTHONHASHSEED": "0",  # before 0.30 it decides the root of the block hashes
+    "TRITON_F32_DEFAULT": "ieee",  # products of float32 would be of TensorFloat-32: then tokens depend on chunks
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would be compiled on the first use
 }
 
