@@ -150,7 +150,7 @@ def test_a_reset_reaches_every_replica(replicas):
 
 
 def test_pages_overwritten_while_peers_read_them(replicas):
-    """Caches of 120 blocks on both sides. Every page that the generations let pass has the digest that was announced."""
+    """Caches of 120 blocks on both sides. What the generations let pass has the digest that was announced."""
     truth, owner, reader = (replicas[name] for name in ("truth", "small owner", "small reader"))
     rng = random.Random(7)
     asked = [random_prompt(rng.randrange(300, 500), seed=600 + i) for i in range(32)]
