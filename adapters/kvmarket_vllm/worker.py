@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvmarket.core import MarketCore
 from kvmarket.errors import InvalidInputError, KVMarketError, MissingExtraError, RegistrationError, TransportError
 from kvmarket.spec import KVCacheSpec
-from kvmarket_vllm.card import behind_launched_work, card_pages, launched_work
+from kvmarket_vllm.card import behind_launched_work, card_pages, later, launched_work
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
 from kvmarket_vllm.layout import kv_dtype, paged_memory
 from kvmarket_vllm.loader import Loader
@@ -23,7 +23,7 @@ from kvmarket_vllm.stats import Deltas
 from kvmarket_vllm.weights import model_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.kvmarket")
 
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
+FETCHED_LATER_S = 0.1
+"""Blocks that were fetched are offered this much later, on a card: digesting and announcing them takes the engine's
+time while it computes the first token, and whom they came from has them still."""
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 
 
@@ -65,6 +68,12 @@ class _Market:
         self.core.close()
 
 
+def _offer(publisher: Publisher, blocks: Sequence[tuple[bytes, int]], after: Any) -> None:
+    if blocks:
+        keys, pages = zip(*blocks, strict=True)
+        publisher.offer(keys, pages, after=after)
+
+
 class WorkerRole:
     """State of one rank's connector. Used from the worker's thread only."""
 
@@ -81,6 +90,7 @@ class WorkerRole:
         self._opening: Opening[_Market] | None = None
         self._counted: dict[str, float] = {}
         self._lost: list[Load] = []
+        self._fetched: set[int] = set()
         self.deltas = Deltas()
         if self._on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
             self._allocation.span_until_registered()
@@ -184,6 +194,7 @@ class WorkerRole:
             if market is None:
                 self._lost.append(load)
             else:
+                self._fetched.update(load.block_ids)
                 market.loader.start(load, inline=plan.idle and market.core.registry.local)
 
     def after_forward(self, plan: StepPlan) -> None:
@@ -191,10 +202,16 @@ class WorkerRole:
         market = self._market(plan.root)
         private = self._on_host and not self._shared
         if market is not None and market.publisher is not None and plan.publish and not private:
-            keys, blocks = zip(*plan.publish, strict=True)
-            after = launched_work() if market.region is not None and market.region.pages.kind == "cuda" else None
-            market.publisher.offer(keys, blocks, after=after)
-            self.deltas.add(blocks_offered=len(blocks))
+            if market.region is not None and market.region.pages.kind == "cuda":
+                ended = launched_work()
+                computed = [each for each in plan.publish if each[1] not in self._fetched]
+                fetched = [each for each in plan.publish if each[1] in self._fetched]
+                self._fetched.difference_update(block for _, block in fetched)
+                _offer(market.publisher, computed, ended)
+                _offer(market.publisher, fetched, later(ended, FETCHED_LATER_S))
+            else:
+                _offer(market.publisher, plan.publish, None)
+            self.deltas.add(blocks_offered=len(plan.publish))
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[int]]:
         """Return the requests whose loads are over, each once, and the blocks among them that were not loaded."""

@@ -36,6 +36,8 @@ def test_blocks_go_from_card_to_card_and_tokens_do_not_change(fleet, pair, truth
 
     assert [answer.external_tokens for answer in fetched] == [HIT_TOKENS] * 4
     assert tokens(fetched) == tokens(right)
+    reader.call("vllm_faults:flush")
+    assert reader.call("vllm_faults:offered") >= 4 * HIT_TOKENS // BLOCK  # what it fetched others can fetch from it
     counters = reader.counters()
     assert counters["vllm:kvmarket_transport_bytes{transport=cuda_ipc}"] == counters["vllm:kvmarket_loaded_bytes"] > 0
     assert counters["vllm:kvmarket_path_bytes{path=kernel(cuda_ipc)}"] == counters["vllm:kvmarket_loaded_bytes"]

@@ -1,7 +1,8 @@
 """Stock vLLM replicas on one card, as processes: what one computed another fetches over CUDA IPC.
 
-Tokens are compared in float32 (Triton attention, without TensorFloat-32; FlashAttention has no float32). In bfloat16 (FlashAttention) an
-answer depends on where chunks of the prompt end: there the right one is that of a replica that hits its own cache.
+Tokens are compared in float32 (Triton attention without TensorFloat-32; FlashAttention has no float32). In bfloat16
+(FlashAttention) an answer depends on where chunks of the prompt end: there the right one is that of a replica that hits
+its own cache.
 """
 
 import random
