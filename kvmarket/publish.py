@@ -48,7 +48,8 @@ QUEUE_MAX = 1024
 
 KERNELS_S_MAX = 60.0
 """Pages whose kernels have not ended by then are not published."""
-POLL_S = 0.0001
+POLL_S, POLL_S_MAX = 0.0001, 0.002
+"""Whether kernels have ended is asked this often at first, and ever more rarely: asking takes time from the engine."""
 
 
 @dataclass
@@ -319,12 +320,13 @@ class Publisher:
 
     def _ended(self, after: Callable[[], bool]) -> bool:
         """Wait for kernels; False when they do not end, fail, or nobody is interested any more."""
-        limit = time.monotonic() + KERNELS_S_MAX
+        limit, pause = time.monotonic() + KERNELS_S_MAX, POLL_S
         try:
             while not after():
                 if self._closed or time.monotonic() > limit:
                     return False
-                time.sleep(POLL_S)
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_S_MAX)
         except RuntimeError as error:  # what torch and cupy make of CUDA's errors
             events.warning("kernels_failed", "blocks are not announced, their kernels failed", error=error)
             return False

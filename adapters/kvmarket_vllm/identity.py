@@ -60,6 +60,7 @@ def engine_facts(vllm_config: Any, order: str) -> tuple[tuple[str, str], ...]:
     facts = {
         "version": vllm_version,
         "order": order,
+        "device": str(vllm_config.device_config.device_type),
         "dtype": str(model.dtype),
         "cache_dtype": str(cache.cache_dtype),
         "quantization": str(model.quantization or ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from kvmarket.errors import InvalidInputError
 from kvmarket.region import PagedMemory, PageLayout, Segment, SharedMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
 
@@ -23,7 +24,7 @@ RUNS_MAX = 512
 def paged_memory(
     tensors: Mapping[str, torch.Tensor], num_blocks: int, shared: Sequence[SharedMemory]
 ) -> tuple[PagedMemory, list[SharedMemory], str]:
-    """Describe the KV cache as pages, without copying.
+    """Describe a KV cache in host memory as pages, without copying.
 
     Args:
         tensors: layer name -> its KV cache, as vLLM registers them.
@@ -39,6 +40,43 @@ def paged_memory(
     """
     memories: list[np.ndarray] = []
     owners: list[SharedMemory] = []
+    place = partial(_memory_of, shared=shared, memories=memories, owners=owners)
+    layout, order = _page_layout(tensors, num_blocks, place)
+    private = len(owners) < len(memories)
+    return PagedMemory(layout, tuple(memories)), [] if private else owners, order
+
+
+def storage_layout(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[PageLayout, list[torch.Tensor], str]:
+    """Describe a KV cache on a card as pages over the storages behind its tensors, without copying.
+
+    Args:
+        tensors: layer name -> its KV cache, as vLLM registers them.
+        num_blocks: as for `paged_memory`.
+
+    Returns:
+        The layout; each storage whole, as a flat uint8 tensor, memory number i of the layout being the i-th; and the
+        name of the order of bytes, see `paged_memory`.
+
+    Raises:
+        InvalidInputError: as for `paged_memory`.
+    """
+    storages: dict[int, torch.Tensor] = {}
+
+    def place(tensor: torch.Tensor) -> tuple[int, int]:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            storages[storage.data_ptr()] = empty.set_(storage)
+        return list(storages).index(storage.data_ptr()), tensor.storage_offset() * tensor.element_size()
+
+    layout, order = _page_layout(tensors, num_blocks, place)
+    return layout, list(storages.values()), order
+
+
+def _page_layout(
+    tensors: Mapping[str, torch.Tensor], num_blocks: int, place: Callable[[torch.Tensor], tuple[int, int]]
+) -> tuple[PageLayout, str]:
+    """Return the layout and the name of its order of bytes; `place` says in which memory a tensor begins, and where."""
     segments: list[Segment] = []
     names: list[str] = []
     seen: set[int] = set()
@@ -46,14 +84,12 @@ def paged_memory(
         if tensor.data_ptr() in seen:  # layers that share one KV cache
             continue
         seen.add(tensor.data_ptr())
-        number, base = _memory_of(tensor, shared, memories, owners)
+        number, base = place(tensor)
         runs, order = _runs_of_block(name, tensor, num_blocks)
         segments += [Segment(number, base + offset, stride, nbytes) for offset, stride, nbytes in runs]
         names.append(order)
-    private = len(owners) < len(memories)
-    layout = PageLayout(num_blocks, tuple(segments))
     order = names[0] if len(set(names)) == 1 else "+".join(names)
-    return PagedMemory(layout, tuple(memories)), [] if private else owners, order
+    return PageLayout(num_blocks, tuple(segments)), order
 
 
 def _memory_of(

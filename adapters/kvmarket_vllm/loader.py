@@ -20,6 +20,8 @@ from kvmarket.errors import KVMarketError
 from kvmarket.logs import Log, where
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmarket.core import MarketCore
     from kvmarket.region import PagedMemory
     from kvmarket_vllm.messages import Load, Rank
@@ -27,19 +29,38 @@ if TYPE_CHECKING:
 
 events = Log("vllm.kvmarket")
 
-INLINE_BYTES_MAX = 64 << 20
-"""Loads up to this size run on the engine's thread when it has nothing else to do: a thread hop would take longer."""
+INLINE_BYTES_MAX = {"host": 64 << 20, "cuda": 1 << 30}
+"""By kind of memory: loads up to this size run on the engine's thread when it has nothing else to do. A thread hop
+would take longer."""
 IDLE_WAIT_S = 0.01
 """How long an otherwise idle step waits for a load on the thread before it is polled again."""
 LOADS_MAX = 1024
 
 
 class Loader:
-    """Runs loads, one at a time, in order."""
+    """Runs loads, one at a time, in order.
 
-    def __init__(self, core: MarketCore, pages: PagedMemory, rank: Rank, deltas: Deltas) -> None:
+    Args:
+        core: the market to read from.
+        pages: the KV cache.
+        rank: this worker's.
+        deltas: counters.
+        ordered: returns `pages` as they are once the work that the engine has launched so far has ended: on a card,
+            kernels of requests that are over may still write to blocks that a load is to fill. Called on the thread
+            that calls `start`. None: nothing runs behind the engine's back.
+    """
+
+    def __init__(
+        self,
+        core: MarketCore,
+        pages: PagedMemory,
+        rank: Rank,
+        deltas: Deltas,
+        ordered: Callable[[], PagedMemory] | None = None,
+    ) -> None:
         self._core, self._pages, self._rank, self._deltas = core, pages, rank, deltas
-        self._queue: queue.Queue[tuple[Load, Deadline] | None] = queue.Queue(LOADS_MAX)
+        self._ordered = ordered or (lambda: pages)
+        self._queue: queue.Queue[tuple[Load, PagedMemory, Deadline] | None] = queue.Queue(LOADS_MAX)
         self._changed = threading.Condition()
         self._running = 0
         self._finished: set[str] = set()
@@ -50,14 +71,15 @@ class Loader:
     def start(self, load: Load, *, inline: bool) -> None:
         """Run a load: at once if `inline` and small and nothing is queued, else on the thread."""
         deadline = Deadline(self._core.config.fetch_deadline_s)
+        pages = self._ordered()
         with self._changed:
             alone = self._running == 0
             self._running += 1
-        if inline and alone and len(load.block_ids) * self._pages.layout.page_bytes <= INLINE_BYTES_MAX:
-            self._load(load, deadline)
+        if inline and alone and len(load.block_ids) * pages.layout.page_bytes <= INLINE_BYTES_MAX[pages.kind]:
+            self._load(load, pages, deadline)
             return
         try:
-            self._queue.put_nowait((load, deadline))
+            self._queue.put_nowait((load, pages, deadline))
         except queue.Full:
             self._report(load, 0)
 
@@ -74,7 +96,7 @@ class Loader:
         while (item := self._queue.get()) is not None:
             self._load(*item)
 
-    def _load(self, load: Load, deadline: Deadline) -> None:
+    def _load(self, load: Load, pages: PagedMemory, deadline: Deadline) -> None:
         began = time.perf_counter()
         found = load.found[self._rank]
         blocks = 0
@@ -82,7 +104,7 @@ class Loader:
             targets = np.array(load.block_ids, np.int64)
             # Ranks may have found different lengths; all load the shortest.
             wanted = replace(found, blocks=len(targets), records=found.records[found.records["block"] < len(targets)])
-            outcome = self._core.fetcher.read(wanted, self._pages, targets, deadline)
+            outcome = self._core.fetcher.read(wanted, pages, targets, deadline)
             blocks = outcome.blocks
             for transfer in outcome.transfers:
                 self._deltas.add_labelled("tier_bytes", transfer.tier, transfer.nbytes)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmarket.core import MarketCore
-from kvmarket.errors import InvalidInputError, KVMarketError
+from kvmarket.errors import InvalidInputError, KVMarketError, MissingExtraError, RegistrationError, TransportError
 from kvmarket.spec import KVCacheSpec
+from kvmarket_vllm.card import behind_launched_work, card_pages, later, launched_work
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
 from kvmarket_vllm.keeping import Kept
 from kvmarket_vllm.layout import kv_dtype, paged_memory
@@ -22,39 +24,60 @@ from kvmarket_vllm.stats import Deltas
 from kvmarket_vllm.weights import model_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from kvmarket.config import MarketConfig
     from kvmarket.publish import Publisher
     from kvmarket.region import LentRegion, PagedMemory, SharedMemory
+    from kvmarket.region.cuda import CudaPagedMemory
 
 logger = logging.getLogger("vllm.kvmarket")
 
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
 _COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
+FETCHED_LATER_S = 0.1
+"""Blocks that were fetched are offered this much later, on a card: digesting and announcing them takes the engine's
+time while it computes the first token, and whom they came from has them still."""
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 _COUNTED_KEPT = ("disk_blocks_written", "disk_blocks_promoted", "disk_errors")
 
 
 class _Market:
-    """The open market of one worker: core, region, publisher and loader, made and closed together."""
+    """The open market of one worker: core, region, publisher and loader, made and closed together.
+
+    Attributes:
+        region, publisher: None where the memory of a card cannot be lent; such a replica only fetches.
+    """
 
     def __init__(
         self, core: MarketCore, pages: PagedMemory, shared: list[SharedMemory], rank: Rank, deltas: Deltas
     ) -> None:
         self.core = core
-        self.region: LentRegion = core.lend(pages, shared)
-        self.publisher: Publisher = core.publisher(self.region)
-        self.loader = Loader(core, self.region.pages, rank, deltas)
-        self.kept = Kept.open(core, pages, self.publisher, deltas)
+        self.region: LentRegion | None = None
+        self.publisher: Publisher | None = None
+        try:
+            self.region = core.lend(pages, shared)
+            self.publisher = core.publisher(self.region)
+        except RegistrationError as error:
+            logger.warning("kvmarket: this replica fetches from peers, but they cannot fetch from it: %s", error)
+        on_card = pages.kind == "cuda"
+        ordered = partial(behind_launched_work, cast("CudaPagedMemory", pages)) if on_card else None
+        self.loader = Loader(core, pages, rank, deltas, ordered)
+        self.kept = Kept.open(core, pages, self.publisher, deltas) if self.publisher is not None else None
 
     def close(self) -> None:
         self.loader.close()
         if self.kept is not None:
             self.kept.close()
         self.core.close()
+
+
+def _offer(publisher: Publisher, blocks: Sequence[tuple[bytes, int]], after: Any) -> None:
+    if blocks:
+        keys, pages = zip(*blocks, strict=True)
+        publisher.offer(keys, pages, after=after)
 
 
 class WorkerRole:
@@ -67,22 +90,23 @@ class WorkerRole:
         self._kv_cache_config, self._rank = kv_cache_config, rank
         self._allocation = SharedAllocation()
         self._pages: PagedMemory | None = None
+        self._on_host = vllm_config.device_config.device_type == "cpu"
         self._shared: list[SharedMemory] = []
         self._facts: WorkerFacts | None = None
         self._opening: Opening[_Market] | None = None
         self._counted: dict[str, float] = {}
         self._lost: list[Load] = []
+        self._fetched: set[int] = set()
         self.deltas = Deltas()
-        on_host = vllm_config.device_config.device_type == "cpu"
-        if on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
+        if self._on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
             self._allocation.span_until_registered()
 
     # ---- start
 
     def allocation_context(self) -> AbstractContextManager[Any] | None:
         """Return the context in which vLLM should allocate its KV cache."""
-        if unsupported(self._vllm_config, self._kv_cache_config):
-            return None
+        if not self._on_host or unsupported(self._vllm_config, self._kv_cache_config):
+            return None  # a card's memory is lent as it is
         return self._allocation
 
     def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -90,10 +114,11 @@ class WorkerRole:
         self._allocation.end_span()
         try:
             self._facts = self._describe(tensors)
-        except (InvalidInputError, OSError) as error:
+        except (InvalidInputError, MissingExtraError, TransportError, OSError) as error:
             self._facts = self._refuse(str(error))
         self._allocation.keep_only(self._shared)
-        if not self._facts.refusal and not self._shared:  # a refusal is the scheduler's to log, once for all ranks
+        private = self._on_host and not self._shared
+        if private and not self._facts.refusal:  # a refusal is the scheduler's to log, once for all ranks
             logger.warning(
                 "kvmarket: this vLLM allocates its KV cache in private memory: this replica fetches from peers, but "
                 "only replicas of its own process can fetch from it"
@@ -101,12 +126,16 @@ class WorkerRole:
 
     def _describe(self, tensors: Mapping[str, torch.Tensor]) -> WorkerFacts:
         refusal = unsupported(self._vllm_config, self._kv_cache_config)
-        if not refusal and any(tensor.device.type != "cpu" for tensor in tensors.values()):
-            refusal = "the KV cache is not in host memory, which no transport of this version reads"
+        kinds = {tensor.device.type for tensor in tensors.values()}
+        if not refusal and kinds not in ({"cpu"}, {"cuda"}):
+            refusal = f"the KV cache is in memory of {' and '.join(sorted(kinds))}, which no transport reads"
         if refusal:
             return self._refuse(refusal)
-        memories = self._allocation.memories
-        self._pages, self._shared, order = paged_memory(tensors, self._kv_cache_config.num_blocks, memories)
+        num_blocks = self._kv_cache_config.num_blocks
+        if self._on_host:
+            self._pages, self._shared, order = paged_memory(tensors, num_blocks, self._allocation.memories)
+        else:
+            self._pages, order = card_pages(tensors, num_blocks)
         spec = self._spec(tensors, self._pages.layout.page_bytes)
         identity = model_identity(self._vllm_config, self._own.get("model_id", ""), self._own.get("weights_digest", ""))
         return WorkerFacts(spec.as_dict(), engine_facts(self._vllm_config, order), identity)
@@ -156,7 +185,7 @@ class WorkerRole:
     def before_forward(self, plan: StepPlan) -> None:
         """Make unreadable what this step overwrites. Must return before the forward."""
         market = self._market(plan.root)
-        if market is None:
+        if market is None or market.publisher is None:
             return
         if market.kept is not None:
             market.kept.before_forward(plan)
@@ -173,15 +202,24 @@ class WorkerRole:
             if market is None:
                 self._lost.append(load)
             else:
+                self._fetched.update(load.block_ids)
                 market.loader.start(load, inline=plan.idle and market.core.registry.local)
 
     def after_forward(self, plan: StepPlan) -> None:
-        """Offer the blocks that this step completed."""
+        """Offer the blocks that this step completes: on a card, once its kernels have ended."""
         market = self._market(plan.root)
-        if market is not None and plan.publish and self._shared:
-            keys, blocks = zip(*plan.publish, strict=True)
-            market.publisher.offer(keys, blocks)
-            self.deltas.add(blocks_offered=len(blocks))
+        private = self._on_host and not self._shared
+        if market is not None and market.publisher is not None and plan.publish and not private:
+            if market.region is not None and market.region.pages.kind == "cuda":
+                ended = launched_work()
+                computed = [each for each in plan.publish if each[1] not in self._fetched]
+                fetched = [each for each in plan.publish if each[1] in self._fetched]
+                self._fetched.difference_update(block for _, block in fetched)
+                _offer(market.publisher, computed, ended)
+                _offer(market.publisher, fetched, later(ended, FETCHED_LATER_S))
+            else:
+                _offer(market.publisher, plan.publish, None)
+            self.deltas.add(blocks_offered=len(plan.publish))
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[int]]:
         """Return the requests whose loads are over, each once, and the blocks among them that were not loaded."""

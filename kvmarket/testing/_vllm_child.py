@@ -49,8 +49,10 @@ _PRELOAD = (
 )
 
 
-def main(fd: int, scratch: str) -> None:
+def main(fd: int, scratch: str, *, preload: bool) -> None:
     """Serve fork requests on socket ``fd`` until its other end is closed, then remove ``scratch``.
+
+    With ``preload`` vLLM is imported before the first fork.
 
     Raises:
         ImportError: vLLM is not installed, or broken.
@@ -58,7 +60,8 @@ def main(fd: int, scratch: str) -> None:
     """
     channel = Channel(socket.socket(fileno=fd))
     began = time.monotonic()
-    _import_vllm()
+    if preload:
+        _import_vllm()
     channel.send(time.monotonic() - began, timeout_s=_REPLY_TIMEOUT_S)
     while True:
         ready, _, _ = select.select([channel], [], [], _REAP_INTERVAL_S)
@@ -147,6 +150,9 @@ def _serve(config: ReplicaConfig, channel: Channel, began: float) -> None:
     try:
         if config.network:
             enter_network(config.network)
+        if config.prepare:
+            module, _, name = config.prepare.partition(":")
+            getattr(importlib.import_module(module), name)()
         driver = EngineDriver(config)
     except Exception:
         channel.send((0, False, traceback.format_exc()), timeout_s=_REPLY_TIMEOUT_S)
@@ -168,4 +174,4 @@ def _serve(config: ReplicaConfig, channel: Channel, began: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], preload="no-preload" not in sys.argv[3:])

@@ -61,6 +61,7 @@ class ReplicaConfig:
         max_sequences: Requests per engine step.
         dtype: Of weights, activations and KV cache. Comparing tokens needs ``float32``.
         environ: Added to the environment before the engine is built.
+        prepare: ``module:function`` to call before that, for what must be in place when the engine starts.
         network: Name of a network namespace to move into before that; see `kvmarket.testing.networks`.
         engine_args: Further ``vllm.EngineArgs`` fields; they override the ones above.
     """
@@ -75,6 +76,7 @@ class ReplicaConfig:
     dtype: str = "float32"
     environ: Mapping[str, str] = field(default_factory=dict)
     network: str = ""
+    prepare: str = ""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -109,6 +111,8 @@ class ReplicaHost:
         log_dir: Where logs go; by default a temporary directory that is removed at the end.
         python_path: Further directories to import from, for :meth:`Replica.call`.
         environ: Added to the environment of the server before it imports vLLM.
+        preload: Import vLLM once, before the forks; with False every replica does it itself, as on a GPU host, where
+            what vLLM imports may start threads or touch the card.
 
     Attributes:
         scratch: Temporary directory of the host and its replicas.
@@ -120,6 +124,7 @@ class ReplicaHost:
         log_dir: str | os.PathLike[str] | None = None,
         python_path: Sequence[str | os.PathLike[str]] = (),
         environ: Mapping[str, str] | None = None,
+        preload: bool = True,
     ) -> None:
         # Also the replicas' TMPDIR, and removed by the server should this process be killed.
         self._scratch = tempfile.TemporaryDirectory(prefix="kvmarket-replicas-", ignore_cleanup_errors=True)
@@ -135,7 +140,7 @@ class ReplicaHost:
             self._server = subprocess.Popen(  # noqa: S603 - our own module
                 [
                     *(sys.executable, "-m", "kvmarket.testing._vllm_child"),
-                    *(str(theirs.fileno()), str(self.scratch)),
+                    *(str(theirs.fileno()), str(self.scratch), *(() if preload else ("no-preload",))),
                 ],
                 env={**os.environ, **_ENVIRON, **(environ or {}), **forced},
                 pass_fds=[theirs.fileno()],

@@ -1,5 +1,7 @@
 """GPU tests skip, with the reason, where there is no card; ``--require-gpu`` turns that into a failure."""
 
+import importlib.util
+
 import pytest
 
 from kvmarket.errors import MissingExtraError, TransportUnavailableError
@@ -46,6 +48,15 @@ def torch(gpu, request):
 @pytest.fixture(scope="session")
 def transformers(gpu, request):
     return required(request, "transformers", "5.0")
+
+
+@pytest.fixture(scope="session")
+def vllm_installed(gpu, request):
+    """Its absence skips, or fails; it is imported in child processes only."""
+    if importlib.util.find_spec("vllm") is None:
+        if request.config.getoption("--require-gpu", default=False):
+            pytest.fail("vLLM is not installed")
+        pytest.skip("vLLM is not installed")
 
 
 @pytest.fixture(scope="session")

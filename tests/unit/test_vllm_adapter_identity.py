@@ -40,6 +40,7 @@ def engine(path="/nowhere", *, caching=True, algorithm="sha256", load_format="au
         "hf_config": SimpleNamespace(architectures=["LlamaForCausalLM"]),
     }
     return SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cpu"),
         cache_config=SimpleNamespace(
             enable_prefix_caching=caching, cache_dtype="auto", prefix_caching_hash_algo=algorithm
         ),

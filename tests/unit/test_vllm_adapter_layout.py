@@ -6,9 +6,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kvmarket.errors import InvalidInputError  # noqa: E402
-from kvmarket.region import SharedMemory  # noqa: E402
+from kvmarket.region import PagedMemory, SharedMemory  # noqa: E402
+from kvmarket.region.cuda import CudaPagedMemory  # noqa: E402
 from kvmarket.region.pages import copy_pages  # noqa: E402
-from kvmarket_vllm.layout import kv_dtype, paged_memory  # noqa: E402
+from kvmarket.testing.host_cuda import HostCuda  # noqa: E402
+from kvmarket_vllm import card  # noqa: E402
+from kvmarket_vllm.layout import kv_dtype, paged_memory, storage_layout  # noqa: E402
 
 L, B, H, N, D = 3, 7, 2, 4, 8
 PHYSICAL = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
@@ -166,3 +169,37 @@ def test_one_element_type():
     assert kv_dtype({"a": torch.zeros(1, dtype=torch.bfloat16)}) == "bfloat16"
     with pytest.raises(InvalidInputError, match="different dtypes"):
         kv_dtype({"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_card_is_described_by_its_storages_like_the_host(name):
+    """Here with tensors in host memory: where blocks lie does not depend on the device."""
+    tensors = LAYOUTS[name]()
+    expected = fill(tensors)
+    layout, storages, order = storage_layout(tensors, B)
+    assert order == paged_memory(tensors, B, [])[2]
+    assert all(storage.dtype == torch.uint8 and storage.dim() == 1 for storage in storages)
+    memory = PagedMemory(layout, tuple(storage.numpy() for storage in storages))
+    layout.check([len(each) for each in memory.memories])
+    for number in range(B):
+        assert sorted(page(memory, number).tolist()) == expected[number]
+
+
+def test_pages_of_a_card_are_copied_and_digested_once_before_they_are_needed(monkeypatch):
+    """What the kernels are compiled for; with the host's stand-in for a card."""
+    api, calls = HostCuda(), []
+    monkeypatch.setattr(api, "digests", lambda memory, pages: calls.append(pages.tolist()))
+    copy = api.copy
+    monkeypatch.setattr(api, "copy", lambda *args: calls.append("copy") or copy(*args))
+
+    def on_card(layout, storages):
+        arrays = [api.allocate(storage.numel(), 0) for storage in storages]
+        return CudaPagedMemory.of(api, layout, arrays)
+
+    monkeypatch.setattr(card, "cuda_pages", on_card)
+    pages, order = card.card_pages(LAYOUTS["K and V inside a block"](), B)
+    assert (pages.kind, pages.layout.num_pages, pages.after) == ("cuda", B, None)
+    assert order == paged_memory(LAYOUTS["K and V inside a block"](), B, [])[2]
+    assert calls == ["copy", [0], [0]]
+    del pages
+    api.close()

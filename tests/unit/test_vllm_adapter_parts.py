@@ -102,7 +102,7 @@ def test_a_busy_engine_is_not_kept_waiting(loader, market):
 
 
 def test_large_loads_go_to_the_thread(loader, market, monkeypatch):
-    monkeypatch.setattr(loader_module, "INLINE_BYTES_MAX", 3 * PAGE_BYTES)
+    monkeypatch.setattr(loader_module, "INLINE_BYTES_MAX", {"host": 3 * PAGE_BYTES})
     loader.start(load("large", range(4)), inline=True)
     assert drain(loader, 1) == ({"large"}, set())
     assert market.threads != [threading.current_thread()]
