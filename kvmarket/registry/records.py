@@ -27,6 +27,8 @@ FIELDS = 6
 """Fields of a block record in this version; a later minor version may append some."""
 RUN_BLOCKS = 32
 HEAD_BYTES = 8
+KEY_HEAD_BYTES = HEAD_BYTES + 4
+"""Bytes of a block key before the block's hash: its run's head and its index."""
 RECORD_BYTES_MAX = 511
 """The longest value the ordered store takes when several owners hold one block."""
 DIGEST_BYTES = 16
@@ -109,7 +111,7 @@ def block_key(hashes: Sequence[bytes], index: int) -> bytes:
 
 def blocks_to_run_end(key: bytes) -> int:
     """Return how many blocks, that of `key` included, its run of `RUN_BLOCKS` still has."""
-    return RUN_BLOCKS - int.from_bytes(key[HEAD_BYTES : HEAD_BYTES + 4], "big") % RUN_BLOCKS
+    return RUN_BLOCKS - int.from_bytes(key[HEAD_BYTES:KEY_HEAD_BYTES], "big") % RUN_BLOCKS
 
 
 def have_digest(records: BlockRecords) -> np.ndarray:

@@ -14,12 +14,13 @@ import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
-from kvmarket.registry.records import RECORD, RECORD_BYTES, encode_records, pack, run_length, unpack, unpack_owner
-from kvmarket.registry.redis_batches import batch, batches, decode
+from kvmarket.registry.records import RECORD, encode_records, pack, run_length, unpack, unpack_owner
+from kvmarket.registry.redis_batches import asked, batches, decode
 from kvmarket.registry.redis_keeper import Keeper
 from kvmarket.registry.redis_link import Gate, Link
 from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners
-from kvmarket.registry.redis_scripts import BUMP, LOOKUP, OPEN, SEGMENT_HEAD, namespace_key, owners_key
+from kvmarket.registry.redis_scripts import BUMP, OPEN, namespace_key, owners_key
+from kvmarket.registry.redis_search import LOOKUP
 from kvmarket.server_url import parse_url, without_secrets
 
 if TYPE_CHECKING:
@@ -214,25 +215,25 @@ class RedisRegistry(Registry):
         self, digest: bytes, keys: Sequence[bytes], owners: dict[int, OwnerInfo | None]
     ) -> tuple[int, int, BlockRecords]:
         """One round trip: the epoch, how many blocks the server has in a row, and their records."""
-        part = batch(keys)
+        part = asked(keys)
         fixed = [namespace_key(digest, b"e"), namespace_key(digest, b"h")]
+        leases = namespace_key(digest, b"l", b"")
         tries = 0
         while True:
-            asked, tries = self._epochs.get(digest, 0), tries + 1
-            prefix = namespace_key(digest, b"r", asked, b"")
+            known, tries = self._epochs.get(digest, 0), tries + 1
+            prefix = namespace_key(digest, b"r", known, b"")
             names = fixed + [prefix + head for head in part.heads]
-            sizes: list[bytes | int] = [part.width, SEGMENT_HEAD + RECORD_BYTES, part.counts, part.keys]
-            reply = self._reads.run(LOOKUP, names, [asked, namespace_key(digest, b"l", b""), *sizes])
-            epoch, blocks = _epoch(reply[0]), int(reply[2])
-            if epoch <= asked or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
+            reply = self._reads.run(LOOKUP, names, [known, leases, part.width, part.table, part.hashes])
+            epoch, blocks = _epoch(reply[0]), int(reply[1])
+            if epoch <= known or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
                 break
             self._seen(digest, epoch)
         if not blocks:
             return epoch, 0, np.empty(0, RECORD)
-        for number, data in zip(reply[5::2], reply[6::2], strict=True):
+        for number, data in zip(reply[4::2], reply[5::2], strict=True):
             owner = int.from_bytes(number, "big")
             owners[owner] = self._owner(owner, data) if data is not None else None
-        return epoch, blocks, decode(blocks, int(reply[1]), reply[3], reply[4])
+        return epoch, blocks, decode(blocks, reply[2], reply[3])
 
     # ---- upkeep
 
@@ -266,7 +267,8 @@ class RedisRegistry(Registry):
         for number in living:
             for pair in self._reads.call(b"SMEMBERS", owners_key(b"n", number)):
                 epoch = int.from_bytes(pair[DIGEST_BYTES:], "big")
-                entries += self._reads.call(b"SCARD", namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number))
+                name = namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number)
+                entries += sum(map(int, self._reads.call(b"HVALS", name)))
         used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
         return self.shown, used, limit, entries, len(numbers), len(numbers) - len(living)
 

@@ -1,4 +1,4 @@
-"""How batches of block keys and records travel to and from the server's scripts."""
+"""How block keys and records travel to and from the server's scripts: as runs of consecutive blocks."""
 
 from __future__ import annotations
 
@@ -11,62 +11,101 @@ import numpy as np
 from kvmarket.errors import RegistryProtocolError
 from kvmarket.registry.records import (
     HEAD_BYTES,
+    KEY_HEAD_BYTES,
     OWNER_AT,
     RECORD,
     RECORD_BYTES,
+    RUN_BLOCKS,
     BlockRecords,
     decode_records,
     decode_wire,
 )
-from kvmarket.registry.redis_scripts import SEGMENT_HEAD
+from kvmarket.registry.redis_scripts import STRETCH_HEAD
+from kvmarket.registry.redis_search import ASKED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-FIELDS_PER_RUN_MAX = 1000
-"""Fields of one run in one call: a script cannot pass more than some thousand arguments on."""
+    from kvmarket.registry.leases import Stretch
+
+STRETCH_BLOCKS_MAX = 1000
+"""Blocks of one stretch: a script cannot pass more than some thousand arguments on."""
 BLOCKS_PER_CALL_MAX = 4096
-"""Blocks in one call, which bounds how long it keeps the server from others: some milliseconds."""
-_SEGMENT = np.dtype([("length", "u1"), ("expires", ">u4"), ("record", f"V{RECORD_BYTES}")])
+"""Blocks in one look-up, which bounds how long it keeps the server from others: some milliseconds."""
+CHANGES_PER_CALL_MAX = 1024
+"""The same for blocks that are announced or withdrawn: each may change a stretch of its own."""
+_PIECE = np.dtype([("block", ">u4"), ("blocks", ">u2"), ("bytes", ">u2"), ("owner", "V4")])
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Keys of one call, grouped by run.
+class Asked:
+    """Keys of one look-up.
 
     Attributes:
         heads: the head of every run.
-        counts: the number of keys of each run, two bytes each.
-        keys: all block keys, in order, each `width` bytes.
+        table: `ASKED` of every run.
+        hashes: of all blocks, in order, each `width` bytes.
     """
 
     heads: list[bytes]
-    counts: bytes
-    keys: bytes
+    table: bytes
+    hashes: bytes
     width: int
 
 
-def batches(keys: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """Cut keys into calls: yields start and end."""
-    for start in range(0, len(keys), BLOCKS_PER_CALL_MAX):
-        yield start, min(start + BLOCKS_PER_CALL_MAX, len(keys))
+def batches(keys: Sequence[bytes], limit: int = BLOCKS_PER_CALL_MAX) -> Iterator[tuple[int, int]]:
+    """Cut keys into calls, where a run begins if there are several: yields start and end."""
+    start = 0
+    while start < len(keys):
+        end = start + limit
+        if end < len(keys):
+            end -= _index(keys[end]) % RUN_BLOCKS % limit
+            if end <= start:
+                end = start + limit
+        yield start, min(end, len(keys))
+        start = end
 
 
-def batch(keys: Sequence[bytes]) -> Batch:
-    """Group neighbouring keys of a run. Keys of one namespace are equally long, and there is at least one.
+def _index(key: bytes) -> int:
+    return int.from_bytes(key[HEAD_BYTES:KEY_HEAD_BYTES], "big")
+
+
+def cuts(keys: Sequence[bytes]) -> tuple[list[int], bytes]:
+    """Return where stretches of consecutive blocks of one run begin, the end added, and the keys joined.
 
     Raises:
-        RegistryProtocolError: they are not.
+        RegistryProtocolError: keys are not equally long, or too short; keys of one namespace never are.
     """
     length = len(keys[0])
-    if set(map(len, keys)) != {length} or length <= HEAD_BYTES:
+    if set(map(len, keys)) != {length} or length <= KEY_HEAD_BYTES:
         raise RegistryProtocolError("block keys of one call must be equally long, and longer than a run's head")
     joined = b"".join(keys)
-    heads = np.frombuffer(joined, [("head", "u8"), ("rest", f"V{length - HEAD_BYTES}")])["head"]
-    starts = [0, *(np.flatnonzero(heads[1:] != heads[:-1]) + 1).tolist(), len(keys)]
-    cuts = [cut for a, b in pairwise(starts) for cut in range(a, b, FIELDS_PER_RUN_MAX)]
-    counts = b"".join((b - a).to_bytes(2, "big") for a, b in pairwise([*cuts, len(keys)]))
-    return Batch([keys[cut][:HEAD_BYTES] for cut in cuts], counts, joined, length)
+    parts = np.frombuffer(joined, [("head", "u8"), ("index", ">u4"), ("hash", f"V{length - KEY_HEAD_BYTES}")])
+    heads, indices = parts["head"], parts["index"].astype(np.int64)
+    follows = (heads[1:] == heads[:-1]) & (indices[1:] == indices[:-1] + 1)
+    starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(keys)]
+    if max(b - a for a, b in pairwise(starts)) > STRETCH_BLOCKS_MAX:
+        starts = [cut for a, b in pairwise(starts) for cut in range(a, b, STRETCH_BLOCKS_MAX)] + [len(keys)]
+    return starts, joined
+
+
+def asked(keys: Sequence[bytes]) -> Asked:
+    """Prepare a look-up of at least one key."""
+    starts, joined = cuts(keys)
+    width = len(keys[0]) - KEY_HEAD_BYTES
+    hashes = np.frombuffer(joined, np.uint8).reshape(len(keys), -1)[:, KEY_HEAD_BYTES:].tobytes()
+    table = b"".join([ASKED.pack(_index(keys[a]), b - a) for a, b in pairwise(starts)])
+    return Asked([keys[a][:HEAD_BYTES] for a in starts[:-1]], table, hashes, width)
+
+
+def encode_stretch(stretch: Stretch, owner: bytes) -> bytes:
+    """Return what the server keeps of a stretch, its records naming `owner` (4 bytes)."""
+    values = [with_owner(value, owner) for value in stretch.values]
+    size = len(values[0])
+    if set(map(len, values)) != {size}:
+        raise RegistryProtocolError("records of one call must be equally long")
+    head = STRETCH_HEAD.pack(len(values), 0, size)
+    return b"".join([head, *[key[KEY_HEAD_BYTES:] for key in stretch.keys[1:]], *values])
 
 
 def with_owner(record: bytes, owner: bytes) -> bytes:
@@ -74,37 +113,26 @@ def with_owner(record: bytes, owner: bytes) -> bytes:
     return record if record[OWNER_AT] == owner else record[: OWNER_AT.start] + owner + record[OWNER_AT.stop :]
 
 
-def decode(blocks: int, now: int, segments: bytes, lengths: bytes) -> BlockRecords:
-    """Decode what a look-up found.
+def decode(blocks: int, heads: bytes, records: bytes) -> BlockRecords:
+    """Decode what a look-up found, sorted by block.
 
     Args:
-        blocks: how many blocks `segments` is of.
-        now: the server's clock, in seconds: entries that expired by then are left out.
-        segments: every block's segments, one block after the other.
-        lengths: the bytes of each block, comma-separated; empty when each has one plain segment.
+        blocks: how many blocks in a row these are of.
+        heads: what each piece of `records` is of, see `redis_search`.
+        records: wire records, one piece after the other.
     """
-    if not lengths:
-        table = np.frombuffer(segments, np.uint8).reshape(blocks, SEGMENT_HEAD + RECORD_BYTES)
-        records = decode_wire(np.arange(blocks), table[:, SEGMENT_HEAD:])
-        if records is not None:
-            fresh = np.frombuffer(segments, _SEGMENT)["expires"] > now
-            return records if fresh.all() else records[fresh]
-        lengths = b",".join([b"%d" % (SEGMENT_HEAD + RECORD_BYTES)] * blocks)
-    numbers, values = _split(now, segments, [int(length) for length in lengths.split(b",")])
-    return decode_records(numbers, values) if values else np.empty(0, RECORD)
-
-
-def _split(now: int, segments: bytes, lengths: Sequence[int]) -> tuple[list[int], list[bytes]]:
-    blocks: list[int] = []
-    values: list[bytes] = []
-    at = 0
-    for block, length in enumerate(lengths):
-        end = at + length
-        while at < end:
-            expires = int.from_bytes(segments[at + 1 : at + SEGMENT_HEAD], "big")
-            stop = at + SEGMENT_HEAD + segments[at]
-            if expires > now:
-                blocks.append(block)
-                values.append(segments[at + SEGMENT_HEAD : stop])
-            at = stop
-    return blocks, values
+    pieces = np.frombuffer(heads, _PIECE)
+    counts = pieces["blocks"].astype(np.int64)
+    total = int(counts.sum())
+    numbers = np.arange(total)
+    if total != blocks:  # several owners
+        numbers += np.repeat(pieces["block"] - (np.cumsum(counts) - counts), counts)
+    if (pieces["bytes"] == RECORD_BYTES).all():
+        found = decode_wire(numbers, np.frombuffer(records, np.uint8).reshape(-1, RECORD_BYTES))
+        if found is not None:
+            return found if total == blocks else found[np.argsort(numbers, kind="stable")]
+    sizes = np.repeat(pieces["bytes"], counts).tolist()
+    ends = np.cumsum(sizes).tolist()
+    values = [records[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    found = decode_records(numbers.tolist(), values) if values else np.empty(0, RECORD)
+    return found[np.argsort(found["block"], kind="stable")]

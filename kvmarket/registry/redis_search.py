@@ -1,0 +1,174 @@
+"""What the server does to find blocks: the longest prefix in one call, and single records that turned out to be stale.
+
+Both look at every stretch that may hold one of the blocks asked for. They are named by the hashes of runs of keys, each
+with consecutive indices; a stretch that starts before the first of them is found, too, as long as the run is not crowded.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from kvmarket.registry.redis_link import Script
+
+STRETCHES_ALL = 48
+"""Up to so many stretches of a run are all looked at; of more, those that start at a block asked for."""
+STRETCHES_ALL_INSIDE = 512
+"""The same where the blocks asked for start inside a run, and with them what started before. In a run more crowded
+than that such a look-up misses what started before its first block."""
+PIECES_MAX = 64
+"""Pieces of one run in an answer that do not make it longer: other owners to choose from."""
+
+ASKED = struct.Struct(">IH")
+"""One run of an `ASKED` table: index of its first block, number of blocks."""
+
+_SEARCH = (
+    """
+local sub = string.sub
+-- Call `take(field, segments, p, e)` for the segments of a run that may hold blocks asked for; the stretch starts at
+-- asked block `p` (negative: before). `first`: index of the first block asked for; `hashes` from `base` on: of `n` blocks.
+local function search(key, first, n, hashes, base, width, take)
+  local size = redis.call('HLEN', key)
+  if size == 0 then return end
+  local function each(field, segments, p)
+    local at = 1
+    while at <= #segments do
+      at = at + take(field, segments, p, at)
+    end
+  end
+  local inside = first % 32 ~= 0
+  if size <= """
+    + str(STRETCHES_ALL)
+    + """ or (inside and size <= """
+    + str(STRETCHES_ALL_INSIDE)
+    + """) then
+    local all = redis.call('HGETALL', key)
+    for f = 1, #all, 2 do
+      local field = all[f]
+      local p = struct.unpack('>I4', field) - first
+      if p < 0 or (p < n and sub(field, 5) == sub(hashes, base + p * width + 1, base + (p + 1) * width)) then
+        each(field, all[f + 1], p)
+      end
+    end
+    return
+  end
+  local fields = {}
+  for p = 0, n - 1 do
+    fields[p + 1] = struct.pack('>I4', first + p) .. sub(hashes, base + p * width + 1, base + (p + 1) * width)
+  end
+  for p, segments in ipairs(redis.call('HMGET', key, unpack(fields))) do
+    if segments then each(fields[p], segments, p - 1) end
+  end
+end
+-- Which blocks of a stretch are asked for: from its block `from` up to before `till`; none where till <= from.
+-- `at` is where the hashes of its second block and of those after it are in `segments`.
+local function match(segments, at, count, p, n, hashes, base, width)
+  local from = p < 0 and -p or 1
+  local till = math.min(count, n - p)
+  local function equal(low, high)
+    return sub(segments, at + (low - 1) * width, at + (high - 1) * width - 1)
+      == sub(hashes, base + (p + low) * width + 1, base + (p + high) * width)
+  end
+  if till > from and not equal(from, till) then
+    local low, high = from, till - 1
+    while low < high do
+      local middle = math.ceil((low + high) / 2)
+      if equal(low, middle) then low = middle else high = middle - 1 end
+    end
+    till = low
+  end
+  return p < 0 and -p or 0, till
+end
+"""
+)
+
+LOOKUP = Script(
+    _SEARCH
+    + """
+-- KEYS: e, h, runs...   ARGV: epoch asked about, prefix of leases, bytes of a hash, ASKED of each run, hashes
+-- Returns the epoch, how many blocks there are in a row, what of: block (4), blocks (2), bytes of a record (2), owner (4);
+-- their records; then every owner and its lease.
+local epoch = redis.call('GET', KEYS[1]) or '0'
+if epoch ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then return {epoch, 0, '', ''} end
+local now = tonumber(redis.call('TIME')[1])
+local width, hashes, before = tonumber(ARGV[3]), ARGV[5], 0
+local heads, records, owners = {}, {}, {}
+for r = 3, #KEYS do
+  local first, n = struct.unpack('>I4I2', ARGV[4], 6 * (r - 3) + 1)
+  local base, found = before * width, {}
+  search(KEYS[r], first, n, hashes, base, width, function(_, segments, p, at)
+    local length, owner, expires, count, skip, bytes = struct.unpack('>I4c4I4I2I2I2', segments, at)
+    if expires > now and p + count > 0 then
+      local from, till = match(segments, at + 18, count, p, n, hashes, base, width)
+      if skip > from then from = skip end
+      if till > from then
+        local start = at + 18 + (count - 1) * width + (from - skip) * bytes
+        local piece = {till - from, bytes, owner, sub(segments, start, start + (till - from) * bytes - 1)}
+        local here = found[p + from]
+        if here then here[#here + 1] = piece else found[p + from] = {piece} end
+      end
+    end
+    return length
+  end)
+  local reach, s, more = 0, 0, 0
+  while s <= reach and s < n do
+    for _, piece in ipairs(found[s] or {}) do
+      local longer = s + piece[1] > reach
+      if longer then reach = s + piece[1] else more = more + 1 end
+      if longer or more <= """
+    + str(PIECES_MAX)
+    + """ then
+        heads[#heads + 1] = struct.pack('>I4I2I2c4', before + s, piece[1], piece[2], piece[3])
+        records[#records + 1] = piece[4]
+        owners[piece[3]] = true
+      end
+    end
+    s = s + 1
+  end
+  before = before + reach
+  if reach < n then break end
+end
+local reply = {epoch, before, table.concat(heads), table.concat(records)}
+for owner in pairs(owners) do
+  reply[#reply + 1] = owner
+  reply[#reply + 1] = redis.call('GET', ARGV[2] .. string.format('%.0f', struct.unpack('>I4', owner)))
+end
+return reply
+"""
+)
+
+DISCARD = Script(
+    _SEARCH
+    + """
+-- Remove one record of one block where it is still exactly this. KEYS: run
+-- ARGV: bytes of a hash, first index (4) and number (2) of the blocks asked for, hashes, owner, record
+-- The last block asked for is the one. Its stretch stays under its key, in the parts before and after it.
+local width, hashes, owner, record = tonumber(ARGV[1]), ARGV[3], ARGV[4], ARGV[5]
+local first, n = struct.unpack('>I4I2', ARGV[2])
+local todo = {}
+search(KEYS[1], first, n, hashes, 0, width, function(field, segments, p, at)
+  local length, who, expires, count, skip, bytes = struct.unpack('>I4c4I4I2I2I2', segments, at)
+  local j = n - 1 - p -- the block in the stretch
+  if who == owner and bytes == #record and j >= skip and j < count then
+    local _, till = match(segments, at + 18, count, p, n, hashes, 0, width)
+    local named = at + 18 + (count - 1) * width
+    local here = named + (j - skip) * bytes
+    if till > j and sub(segments, here, here + bytes - 1) == record then
+      local parts, after = sub(segments, 1, at - 1), named + (count - skip) * bytes
+      local function part(blocks, skipped, from, till)
+        local head = struct.pack('>I4c4I4I2I2I2', 18 + (blocks - 1) * width + till - from, who, expires, blocks, skipped, bytes)
+        parts = parts .. head .. sub(segments, at + 18, at + 17 + (blocks - 1) * width) .. sub(segments, from, till - 1)
+      end
+      if j > skip then part(j, skip, named, here) end
+      if j + 1 < count then part(count, j + 1, here + bytes, after) end
+      todo[#todo + 1] = {field, parts .. sub(segments, at + length)}
+    end
+  end
+  return length
+end)
+for _, change in ipairs(todo) do
+  if change[2] == '' then redis.call('HDEL', KEYS[1], change[1])
+  else redis.call('HSET', KEYS[1], change[1], change[2]) end
+end
+return #todo
+"""
+)
