@@ -8,6 +8,7 @@ what stays true.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,23 +16,30 @@ import numpy as np
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
 from kvmarket.registry.records import RECORD, encode_records, pack, run_length, unpack, unpack_owner
-from kvmarket.registry.redis_batches import asked, batches, decode
+from kvmarket.registry.redis_batches import Asked, asked, batches, decode, select
 from kvmarket.registry.redis_keeper import Keeper
 from kvmarket.registry.redis_link import Gate, Link
+from kvmarket.registry.redis_wire import Command
 from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners
 from kvmarket.registry.redis_scripts import BUMP, OPEN, namespace_key, owners_key
 from kvmarket.registry.redis_search import LOOKUP
 from kvmarket.server_url import parse_url, without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kvmarket.identity import OwnerInfo
     from kvmarket.registry.records import BlockRecords
 
+_Answer = tuple[int, Sequence[int], Sequence[bytes], "dict[bytes, bytes | None]"]
+"""Epoch; where each segment starts; the segments; owners (4 bytes) and what their leases say."""
 EPOCH_TRIES = 4
 """How often a look-up asks again because the epoch moved meanwhile."""
 OWNERS_CACHED_MAX = 4096
+STRETCHES_READ = 4
+"""A run of at most so many stretches is read whole."""
+PLAIN_RUNS_MAX = 64
+CROWDED_KNOWN_MAX = 4096
+LIKELY_OWNERS_MAX = 8
+"""Owners whose leases a look-up asks for at once; those of others it finds take another round trip, once."""
 EPOCHS_KNOWN_MAX = 4096
 
 
@@ -59,6 +67,8 @@ class RedisRegistry(Registry):
         self._infos: dict[bytes, OwnerInfo] = {}
         self._epochs: dict[bytes, int] = {}
         self._opened: dict[bytes, dict[str, Any]] = {}
+        self._likely: dict[bytes, tuple[bytes, ...]] = {}
+        self._crowded: set[bytes] = set()
 
     # ---- owners
 
@@ -216,24 +226,62 @@ class RedisRegistry(Registry):
     ) -> tuple[int, int, BlockRecords]:
         """One round trip: the epoch, how many blocks the server has in a row, and their records."""
         part = asked(keys)
-        fixed = [namespace_key(digest, b"e"), namespace_key(digest, b"h")]
-        leases = namespace_key(digest, b"l", b"")
         tries = 0
         while True:
             known, tries = self._epochs.get(digest, 0), tries + 1
             prefix = namespace_key(digest, b"r", known, b"")
-            names = fixed + [prefix + head for head in part.heads]
-            reply = self._reads.run(LOOKUP, names, [known, leases, part.width, part.table, part.hashes])
-            epoch, blocks = _epoch(reply[0]), int(reply[1])
+            runs = [prefix + head for head in part.heads]
+            plain = len(runs) <= PLAIN_RUNS_MAX and self._crowded.isdisjoint(runs)
+            answer = self._read_runs(digest, known, runs, part) if plain else None
+            if answer is None:
+                answer = self._search_runs(digest, known, runs, part)
+            epoch, places, segments, bodies = answer
             if epoch <= known or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
                 break
             self._seen(digest, epoch)
-        if not blocks:
-            return epoch, 0, np.empty(0, RECORD)
-        for number, data in zip(reply[4::2], reply[5::2], strict=True):
+        for number, body in bodies.items():
             owner = int.from_bytes(number, "big")
-            owners[owner] = self._owner(owner, data) if data is not None else None
-        return epoch, blocks, decode(blocks, reply[2], reply[3])
+            owners[owner] = self._owner(owner, body) if body is not None else None
+        records = decode(part, places, segments)
+        return epoch, run_length(records["block"]), records
+
+    def _read_runs(self, digest: bytes, known: int, runs: list[bytes], part: Asked) -> _Answer | None:
+        """All there is of some runs, by plain commands: the server hardly works. None where one of them is crowded."""
+        likely = self._likely.get(digest, ())
+        commands: list[Command] = [(b"GET", namespace_key(digest, b"e")), (b"EXISTS", namespace_key(digest, b"h"))]
+        commands.append((b"TIME",))
+        commands += [(b"HRANDFIELD", run, STRETCHES_READ + 1, b"WITHVALUES") for run in runs]
+        commands += [(b"GET", namespace_key(digest, b"l", int.from_bytes(owner, "big"))) for owner in likely]
+        told, held, time, *replies = map(self._reads.checked, self._reads.send(commands))
+        epoch, found = _epoch(told), replies[: len(runs)]
+        if epoch != known or held:
+            return epoch, (), (), {}
+        crowded = [run for run, fields in zip(runs, found, strict=True) if len(fields) > 2 * STRETCHES_READ]
+        if crowded:
+            if len(self._crowded) > CROWDED_KNOWN_MAX:
+                self._crowded = set()
+            self._crowded.update(crowded)
+            return None
+        places, segments, named = select(part, found, int(time[0]))
+        bodies: dict[bytes, bytes | None] = dict(zip(likely, replies[len(runs) :], strict=True))
+        if unknown := tuple(named - bodies.keys()):
+            asks = [(b"GET", namespace_key(digest, b"l", int.from_bytes(owner, "big"))) for owner in unknown]
+            bodies |= dict(zip(unknown, map(self._reads.checked, self._reads.send(asks)), strict=True))
+            if len(self._likely) >= EPOCHS_KNOWN_MAX:
+                self._likely = {}
+            self._likely[digest] = (*unknown, *likely)[:LIKELY_OWNERS_MAX]
+        return epoch, places, segments, {owner: bodies[owner] for owner in named}
+
+    def _search_runs(self, digest: bytes, known: int, runs: list[bytes], part: Asked) -> _Answer:
+        """The same by a script, which sends no more than what is asked for."""
+        names = [namespace_key(digest, b"e"), namespace_key(digest, b"h"), *runs]
+        leases = namespace_key(digest, b"l", b"")
+        reply = self._reads.run(LOOKUP, names, [known, leases, part.width, part.table, part.hashes])
+        epoch = _epoch(reply[0])
+        if len(reply) == 1:
+            return epoch, (), (), {}
+        _, places, segments, found = reply
+        return epoch, _signed(places), segments, dict(zip(found[::2], found[1::2], strict=True))
 
     # ---- upkeep
 
@@ -299,6 +347,11 @@ def _epoch(reply: bytes | None) -> int:
     if reply is not None and not reply.isdigit():
         raise RegistryProtocolError(f"the registry holds {reply!r} where an epoch should be")
     return int(reply or 0)
+
+
+def _signed(places: bytes) -> list[int]:
+    found: list[int] = np.frombuffer(places, ">i4").tolist()
+    return found
 
 
 def _longest(

@@ -20,7 +20,7 @@ from kvmarket.registry.records import (
     decode_records,
     decode_wire,
 )
-from kvmarket.registry.redis_scripts import STRETCH_HEAD
+from kvmarket.registry.redis_scripts import SEGMENT, STRETCH_HEAD
 from kvmarket.registry.redis_search import ASKED
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ BLOCKS_PER_CALL_MAX = 4096
 """Blocks in one look-up, which bounds how long it keeps the server from others: some milliseconds."""
 CHANGES_PER_CALL_MAX = 1024
 """The same for blocks that are announced or withdrawn: each may change a stretch of its own."""
-_PIECE = np.dtype([("block", ">u4"), ("blocks", ">u2"), ("bytes", ">u2"), ("owner", "V4")])
+STRETCH_AT = SEGMENT.size + STRETCH_HEAD.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,19 @@ class Asked:
 
     Attributes:
         heads: the head of every run.
-        table: `ASKED` of every run.
+        runs: index of the first block of every run, and number of blocks.
         hashes: of all blocks, in order, each `width` bytes.
     """
 
     heads: list[bytes]
-    table: bytes
+    runs: list[tuple[int, int]]
     hashes: bytes
     width: int
+
+    @property
+    def table(self) -> bytes:
+        """`ASKED` of every run."""
+        return b"".join([ASKED.pack(*run) for run in self.runs])
 
 
 def batches(keys: Sequence[bytes], limit: int = BLOCKS_PER_CALL_MAX) -> Iterator[tuple[int, int]]:
@@ -91,11 +96,59 @@ def cuts(keys: Sequence[bytes]) -> tuple[list[int], bytes]:
 
 def asked(keys: Sequence[bytes]) -> Asked:
     """Prepare a look-up of at least one key."""
-    starts, joined = cuts(keys)
-    width = len(keys[0]) - KEY_HEAD_BYTES
-    hashes = np.frombuffer(joined, np.uint8).reshape(len(keys), -1)[:, KEY_HEAD_BYTES:].tobytes()
-    table = b"".join([ASKED.pack(_index(keys[a]), b - a) for a, b in pairwise(starts)])
-    return Asked([keys[a][:HEAD_BYTES] for a in starts[:-1]], table, hashes, width)
+    length = len(keys[0])
+    hashes = b"".join([key[KEY_HEAD_BYTES:] for key in keys])
+    if len(hashes) != len(keys) * (length - KEY_HEAD_BYTES):
+        raise RegistryProtocolError("block keys of one call must be equally long, and longer than a run's head")
+    starts = _aligned(keys) or cuts(keys)[0]
+    runs = [(_index(keys[a]), b - a) for a, b in pairwise(starts)]
+    return Asked([keys[a][:HEAD_BYTES] for a in starts[:-1]], runs, hashes, length - KEY_HEAD_BYTES)
+
+
+def _aligned(keys: Sequence[bytes]) -> list[int] | None:
+    """What `cuts` finds for the keys of one prefix, as far as the first and last key of each run tell; or None."""
+    starts = [0]
+    while (start := starts[-1]) < len(keys):
+        index = _index(keys[start])
+        end = min(start + RUN_BLOCKS - index % RUN_BLOCKS, len(keys))
+        last = keys[end - 1]
+        if last[:HEAD_BYTES] != keys[start][:HEAD_BYTES] or _index(last) != index + end - 1 - start:
+            return None
+        starts.append(end)
+    return starts
+
+
+def select(part: Asked, found: Sequence[Sequence[bytes]], now: int) -> tuple[list[int], list[bytes], set[bytes]]:
+    """Choose what may hold blocks asked for from all there is of their runs, as `LOOKUP` does on the server.
+
+    Args:
+        part: what was asked for.
+        found: field and segments by turns, of every run.
+        now: the server's clock, in seconds.
+
+    Returns:
+        Where each segment starts, counted in blocks asked for; the segments; the numbers of their owners (4 bytes).
+    """
+    places: list[int] = []
+    segments: list[bytes] = []
+    owners: set[bytes] = set()
+    before, width = 0, part.width
+    for (first, count), fields in zip(part.runs, found, strict=True):
+        for field, value in zip(fields[::2], fields[1::2], strict=True):
+            place = int.from_bytes(field[:4], "big") - first
+            here = (before + place) * width
+            if place >= count or (place >= 0 and field[4:] != part.hashes[here : here + width]):
+                continue
+            at = 0
+            while at < len(value):
+                length, owner, expires = SEGMENT.unpack_from(value, at)
+                if expires > now:
+                    places.append(before + place)
+                    segments.append(value[at : at + length])
+                    owners.add(owner)
+                at += length
+        before += count
+    return places, segments, owners
 
 
 def encode_stretch(stretch: Stretch, owner: bytes) -> bytes:
@@ -113,26 +166,51 @@ def with_owner(record: bytes, owner: bytes) -> bytes:
     return record if record[OWNER_AT] == owner else record[: OWNER_AT.start] + owner + record[OWNER_AT.stop :]
 
 
-def decode(blocks: int, heads: bytes, records: bytes) -> BlockRecords:
-    """Decode what a look-up found, sorted by block.
+def decode(part: Asked, places: Sequence[int], segments: Sequence[bytes]) -> BlockRecords:
+    """Decode what a look-up found, sorted by block. Only blocks whose hash is the one asked for are taken.
 
     Args:
-        blocks: how many blocks in a row these are of.
-        heads: what each piece of `records` is of, see `redis_search`.
-        records: wire records, one piece after the other.
+        part: what was asked for.
+        places: where each stretch starts, counted in blocks asked for.
+        segments: one stretch of one owner each.
     """
-    pieces = np.frombuffer(heads, _PIECE)
-    counts = pieces["blocks"].astype(np.int64)
-    total = int(counts.sum())
-    numbers = np.arange(total)
-    if total != blocks:  # several owners
-        numbers += np.repeat(pieces["block"] - (np.cumsum(counts) - counts), counts)
-    if (pieces["bytes"] == RECORD_BYTES).all():
-        found = decode_wire(numbers, np.frombuffer(records, np.uint8).reshape(-1, RECORD_BYTES))
-        if found is not None:
-            return found if total == blocks else found[np.argsort(numbers, kind="stable")]
-    sizes = np.repeat(pieces["bytes"], counts).tolist()
-    ends = np.cumsum(sizes).tolist()
-    values = [records[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    found = decode_records(numbers.tolist(), values) if values else np.empty(0, RECORD)
-    return found[np.argsort(found["block"], kind="stable")]
+    numbers: list[np.ndarray] = []
+    values: list[bytes] = []
+    sizes: list[int] = []
+    for place, segment in zip(places, segments, strict=True):
+        count, skipped, size = STRETCH_HEAD.unpack_from(segment, SEGMENT.size)
+        begin = max(skipped, -place)
+        end = _equal(part, place, segment, count)
+        if end > begin:
+            at = STRETCH_AT + (count - 1) * part.width - skipped * size
+            numbers.append(np.arange(place + begin, place + end))
+            values.append(segment[at + begin * size : at + end * size])
+            sizes.append(size)
+    if not numbers:
+        return np.empty(0, RECORD)
+    blocks = np.concatenate(numbers)
+    found = None
+    if set(sizes) == {RECORD_BYTES}:
+        found = decode_wire(blocks, np.frombuffer(b"".join(values), np.uint8).reshape(-1, RECORD_BYTES))
+    if found is None:
+        each = [data[at : at + size] for data, size in zip(values, sizes, strict=True) for at in range(0, len(data), size)]
+        found = decode_records(blocks.tolist(), each)
+    blocks = found["block"]
+    return found if bool((blocks[1:] > blocks[:-1]).all()) else found[np.argsort(blocks, kind="stable")]
+
+
+def _equal(part: Asked, place: int, segment: bytes, count: int) -> int:
+    """Return the block of a stretch up to which, from the first one asked for on, its hashes are those asked for.
+
+    The server has found the stretch by the hash of its first block.
+    """
+    width = part.width
+    low, high = max(1, -place), min(count, len(part.hashes) // width - place)
+    there, here = STRETCH_AT + (low - 1) * width, (place + low) * width
+    size = (high - low) * width
+    if segment[there : there + size] == part.hashes[here : here + size]:
+        return high
+    for at in range(0, size, width):
+        if segment[there + at : there + at + width] != part.hashes[here + at : here + at + width]:
+            return low + at // width
+    return high

@@ -29,6 +29,7 @@ from functools import lru_cache
 
 from kvmarket.registry.redis_link import Script
 
+SEGMENT = struct.Struct(">I4sI")
 STRETCH_HEAD = struct.Struct(">HHH")
 OWNERS_PER_BLOCK_MAX = 64
 """More owners of one stretch than this replace the oldest: who looks it up has enough to choose from."""

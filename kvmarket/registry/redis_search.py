@@ -59,25 +59,6 @@ local function search(key, first, n, hashes, base, width, take)
     if segments then each(fields[p], segments, p - 1) end
   end
 end
--- Which blocks of a stretch are asked for: from its block `from` up to before `till`; none where till <= from.
--- `at` is where the hashes of its second block and of those after it are in `segments`.
-local function match(segments, at, count, p, n, hashes, base, width)
-  local from = p < 0 and -p or 1
-  local till = math.min(count, n - p)
-  local function equal(low, high)
-    return sub(segments, at + (low - 1) * width, at + (high - 1) * width - 1)
-      == sub(hashes, base + (p + low) * width + 1, base + (p + high) * width)
-  end
-  if till > from and not equal(from, till) then
-    local low, high = from, till - 1
-    while low < high do
-      local middle = math.ceil((low + high) / 2)
-      if equal(low, middle) then low = middle else high = middle - 1 end
-    end
-    till = low
-  end
-  return p < 0 and -p or 0, till
-end
 """
 )
 
@@ -85,40 +66,54 @@ LOOKUP = Script(
     _SEARCH
     + """
 -- KEYS: e, h, runs...   ARGV: epoch asked about, prefix of leases, bytes of a hash, ASKED of each run, hashes
--- Returns the epoch, how many blocks there are in a row, what of: block (4), blocks (2), bytes of a record (2), owner (4);
--- their records; then every owner and its lease.
+-- Returns the epoch; where it is the one asked about, also where segments start (4 bytes each, signed, counted in
+-- blocks asked for), the segments, and owners and their leases by turns. Hashes are chained: who has the last block of
+-- some has them all. The asker compares them all.
 local epoch = redis.call('GET', KEYS[1]) or '0'
-if epoch ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then return {epoch, 0, '', ''} end
+if epoch ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then return {epoch} end
 local now = tonumber(redis.call('TIME')[1])
 local width, hashes, before = tonumber(ARGV[3]), ARGV[5], 0
-local heads, records, owners = {}, {}, {}
+local places, found, owners = {}, {}, {}
 for r = 3, #KEYS do
   local first, n = struct.unpack('>I4I2', ARGV[4], 6 * (r - 3) + 1)
-  local base, found = before * width, {}
+  local base, starts = before * width, {}
   search(KEYS[r], first, n, hashes, base, width, function(_, segments, p, at)
-    local length, owner, expires, count, skip, bytes = struct.unpack('>I4c4I4I2I2I2', segments, at)
-    if expires > now and p + count > 0 then
-      local from, till = match(segments, at + 18, count, p, n, hashes, base, width)
-      if skip > from then from = skip end
-      if till > from then
-        local start = at + 18 + (count - 1) * width + (from - skip) * bytes
-        local piece = {till - from, bytes, owner, sub(segments, start, start + (till - from) * bytes - 1)}
-        local here = found[p + from]
-        if here then here[#here + 1] = piece else found[p + from] = {piece} end
+    local length, owner, expires, count, skip = struct.unpack('>I4c4I4I2I2', segments, at)
+    local low, high = p < 0 and -p or 0, math.min(count, n - p) - 1
+    if expires > now and low <= high then
+      local function same(j)
+        local there, here = at + 18 + (j - 1) * width, base + (p + j) * width
+        return j == 0 or sub(segments, there, there + width - 1) == sub(hashes, here + 1, here + width)
+      end
+      if not same(high) then
+        high = high - 1
+        while low < high do
+          local middle = math.ceil((low + high) / 2)
+          if same(middle) then low = middle else high = middle - 1 end
+        end
+        if low > high or not same(high) then high = -1 end
+      end
+      if p < 0 and high < -p then high = -1 end
+      local from = math.max(skip, p < 0 and -p or 0)
+      if high >= from then
+        local segment = length == #segments and segments or sub(segments, at, at + length - 1)
+        local piece = {high + 1 - from, p, owner, segment}
+        local here = starts[p + from]
+        if here then here[#here + 1] = piece else starts[p + from] = {piece} end
       end
     end
     return length
   end)
   local reach, s, more = 0, 0, 0
   while s <= reach and s < n do
-    for _, piece in ipairs(found[s] or {}) do
+    for _, piece in ipairs(starts[s] or {}) do
       local longer = s + piece[1] > reach
       if longer then reach = s + piece[1] else more = more + 1 end
       if longer or more <= """
     + str(PIECES_MAX)
     + """ then
-        heads[#heads + 1] = struct.pack('>I4I2I2c4', before + s, piece[1], piece[2], piece[3])
-        records[#records + 1] = piece[4]
+        places[#places + 1] = struct.pack('>i4', before + piece[2])
+        found[#found + 1] = piece[4]
         owners[piece[3]] = true
       end
     end
@@ -127,12 +122,12 @@ for r = 3, #KEYS do
   before = before + reach
   if reach < n then break end
 end
-local reply = {epoch, before, table.concat(heads), table.concat(records)}
+local leases = {}
 for owner in pairs(owners) do
-  reply[#reply + 1] = owner
-  reply[#reply + 1] = redis.call('GET', ARGV[2] .. string.format('%.0f', struct.unpack('>I4', owner)))
+  leases[#leases + 1] = owner
+  leases[#leases + 1] = redis.call('GET', ARGV[2] .. string.format('%.0f', struct.unpack('>I4', owner)))
 end
-return reply
+return {epoch, table.concat(places), found, leases}
 """
 )
 
@@ -149,10 +144,10 @@ search(KEYS[1], first, n, hashes, 0, width, function(field, segments, p, at)
   local length, who, expires, count, skip, bytes = struct.unpack('>I4c4I4I2I2I2', segments, at)
   local j = n - 1 - p -- the block in the stretch
   if who == owner and bytes == #record and j >= skip and j < count then
-    local _, till = match(segments, at + 18, count, p, n, hashes, 0, width)
-    local named = at + 18 + (count - 1) * width
+    local hash, named = at + 18 + (j - 1) * width, at + 18 + (count - 1) * width
     local here = named + (j - skip) * bytes
-    if till > j and sub(segments, here, here + bytes - 1) == record then
+    if (j == 0 or sub(segments, hash, hash + width - 1) == sub(hashes, -width))
+      and sub(segments, here, here + bytes - 1) == record then
       local parts, after = sub(segments, 1, at - 1), named + (count - skip) * bytes
       local function part(blocks, skipped, from, till)
         local head = struct.pack('>I4c4I4I2I2I2', 18 + (blocks - 1) * width + till - from, who, expires, blocks, skipped, bytes)
