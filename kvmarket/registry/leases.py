@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from kvmarket.identity import OwnerInfo
 
@@ -65,8 +65,8 @@ class Space:
 
     def plan(self, new: Sequence[Stretch], withdrawn: Sequence[bytes] = ()) -> Change:
         """Plan to announce `new` blocks, in place of older records of them, and to withdraw others."""
-        told = {key for stretch in new for key in stretch.keys}
-        gone = {key for key in withdrawn if key in self.homes}
+        told = dict.fromkeys(key for stretch in new for key in stretch.keys)
+        gone = dict.fromkeys(key for key in withdrawn if key in self.homes)
         touched = {id(home): home for key in (*told, *gone) if (home := self.homes.get(key)) is not None}
         puts = [part for home in touched.values() for part in _parts(home, told, gone)] + list(new)
         firsts = {stretch.keys[0] for stretch in puts}
@@ -102,7 +102,7 @@ class Space:
         return found
 
 
-def _parts(stretch: Stretch, told: set[bytes], gone: set[bytes]) -> list[Stretch]:
+def _parts(stretch: Stretch, told: Container[bytes], gone: Container[bytes]) -> list[Stretch]:
     """Return what is left of a stretch without some of its blocks."""
     parts: list[Stretch] = []
     begin: int | None = None

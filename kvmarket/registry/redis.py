@@ -8,6 +8,7 @@ what stays true.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,24 @@ import numpy as np
 
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry
-from kvmarket.registry.records import RECORD, encode_records, pack, run_length, unpack, unpack_owner
+from kvmarket.registry.records import (
+    OWNER_AT,
+    RECORD,
+    RUN_BLOCKS,
+    blocks_to_run_end,
+    encode_records,
+    pack,
+    run_length,
+    unpack,
+    unpack_owner,
+)
 from kvmarket.registry.redis_batches import Asked, asked, batches, decode, select
 from kvmarket.registry.redis_keeper import Keeper
-from kvmarket.registry.redis_link import Gate, Link
+from kvmarket.registry.redis_link import Gate, Link, ServerClock
 from kvmarket.registry.redis_wire import Command
 from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners
 from kvmarket.registry.redis_scripts import BUMP, OPEN, namespace_key, owners_key
-from kvmarket.registry.redis_search import LOOKUP
+from kvmarket.registry.redis_search import ASKED, DISCARD, LOOKUP
 from kvmarket.server_url import parse_url, without_secrets
 
 if TYPE_CHECKING:
@@ -56,19 +67,24 @@ class RedisRegistry(Registry):
     local = False
 
     def __init__(self, url: str) -> None:
+        self._clock = time.monotonic
+        self._server_clock = ServerClock(self._now)
         self.options = parse_url(url)
         self.shown = without_secrets(url)
         self._keeper = Keeper(self._beat, self.options.lease_s / 3)
-        self._gate = Gate(self._keeper.wake, self._keeper.leaves_it_to_caller)
+        self._gate = Gate(self._keeper.wake, self._keeper.leaves_it_to_caller, self._now)
         self._reads = Link(self.options.url, self.shown, self.options.timeout_s, self._gate)
         self._writes = Link(self.options.url, self.shown, self.options.write_timeout_s, self._gate)
-        self._owners = Owners(self._writes, self.options)
+        self._owners = Owners(self._writes, self.options, self._now)
         self._lock = threading.Lock()
         self._infos: dict[bytes, OwnerInfo] = {}
         self._epochs: dict[bytes, int] = {}
         self._opened: dict[bytes, dict[str, Any]] = {}
         self._likely: dict[bytes, tuple[bytes, ...]] = {}
         self._crowded: set[bytes] = set()
+
+    def _now(self) -> float:
+        return self._clock()
 
     # ---- owners
 
@@ -204,6 +220,16 @@ class RedisRegistry(Registry):
             return 0
         return self._owners.withdraw(digest, epoch, owner, keys)
 
+    def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        epoch, removed = self._epochs.get(digest, 0), 0
+        for record, wire in zip(records, encode_records(records), strict=True):
+            block = int(record["block"])
+            part = asked(keys[max(0, block - RUN_BLOCKS + blocks_to_run_end(keys[block])) : block + 1])
+            where = [namespace_key(digest, b"r", epoch, part.heads[-1])]
+            table, hashes = ASKED.pack(*part.runs[-1]), part.hashes[-part.runs[-1][1] * part.width :]
+            removed += int(self._writes.run(DISCARD, where, [part.width, table, hashes, wire[OWNER_AT], wire]))
+        return removed
+
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
         if not keys:
             epoch = self.epoch(digest)
@@ -219,7 +245,7 @@ class RedisRegistry(Registry):
             complete = start + blocks
             if complete < end:
                 break
-        return _longest(epoch, len(keys), complete, parts[0] if len(parts) == 1 else np.concatenate(parts), owners)
+        return _longest(epoch, keys, complete, parts[0] if len(parts) == 1 else np.concatenate(parts), owners)
 
     def _lookup_part(
         self, digest: bytes, keys: Sequence[bytes], owners: dict[int, OwnerInfo | None]
@@ -248,12 +274,16 @@ class RedisRegistry(Registry):
     def _read_runs(self, digest: bytes, known: int, runs: list[bytes], part: Asked) -> _Answer | None:
         """All there is of some runs, by plain commands: the server hardly works. None where one of them is crowded."""
         likely = self._likely.get(digest, ())
-        commands: list[Command] = [(b"GET", namespace_key(digest, b"e")), (b"EXISTS", namespace_key(digest, b"h"))]
-        commands.append((b"TIME",))
+        lease = namespace_key(digest, b"l", b"")
+        fixed = (b"MGET", namespace_key(digest, b"e"), namespace_key(digest, b"h"))
+        commands: list[Command] = [fixed + tuple([lease + b"%d" % int.from_bytes(owner, "big") for owner in likely])]
         commands += [(b"HRANDFIELD", run, STRETCHES_READ + 1, b"WITHVALUES") for run in runs]
-        commands += [(b"GET", namespace_key(digest, b"l", int.from_bytes(owner, "big"))) for owner in likely]
-        told, held, time, *replies = map(self._reads.checked, self._reads.send(commands))
-        epoch, found = _epoch(told), replies[: len(runs)]
+        if (now := self._server_clock.now()) is None:
+            commands.append((b"TIME",))
+        (told, held, *leases), *replies = map(self._reads.checked, self._reads.send(commands))
+        if now is None:
+            now = self._server_clock.told(int(replies.pop()[0]))
+        epoch, found = _epoch(told), replies
         if epoch != known or held:
             return epoch, (), (), {}
         crowded = [run for run, fields in zip(runs, found, strict=True) if len(fields) > 2 * STRETCHES_READ]
@@ -262,11 +292,11 @@ class RedisRegistry(Registry):
                 self._crowded = set()
             self._crowded.update(crowded)
             return None
-        places, segments, named = select(part, found, int(time[0]))
-        bodies: dict[bytes, bytes | None] = dict(zip(likely, replies[len(runs) :], strict=True))
+        places, segments, named = select(part, found, now)
+        bodies: dict[bytes, bytes | None] = dict(zip(likely, leases, strict=True))
         if unknown := tuple(named - bodies.keys()):
-            asks = [(b"GET", namespace_key(digest, b"l", int.from_bytes(owner, "big"))) for owner in unknown]
-            bodies |= dict(zip(unknown, map(self._reads.checked, self._reads.send(asks)), strict=True))
+            names = [lease + b"%d" % int.from_bytes(owner, "big") for owner in unknown]
+            bodies |= dict(zip(unknown, self._reads.call(b"MGET", *names), strict=True))
             if len(self._likely) >= EPOCHS_KNOWN_MAX:
                 self._likely = {}
             self._likely[digest] = (*unknown, *likely)[:LIKELY_OWNERS_MAX]
@@ -355,7 +385,7 @@ def _signed(places: bytes) -> list[int]:
 
 
 def _longest(
-    epoch: int, asked: int, complete: int, records: BlockRecords, owners: dict[int, OwnerInfo | None]
+    epoch: int, keys: Sequence[bytes], complete: int, records: BlockRecords, owners: dict[int, OwnerInfo | None]
 ) -> LookupResult:
     """Cut what the server has to the longest run that live owners hold."""
     living = {owner: info for owner, info in owners.items() if info is not None}
@@ -367,5 +397,5 @@ def _longest(
     if len(living) > 1:
         left = set(np.unique(records["owner"]).tolist())
         living = {owner: info for owner, info in living.items() if owner in left}
-    ended = "" if run == asked else "owner_gone" if run < complete else "not_published"
-    return LookupResult(epoch, run, records, ended, living if run else {})
+    ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
+    return LookupResult(epoch, run, records, ended, living if run else {}, keys)

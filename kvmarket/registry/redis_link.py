@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS_MAX = 16
 """Connections of one link; more callers wait for one, within the timeout."""
+CLOCK_GOOD_S = 1.0
 NODES_KNOWN_MAX = 1024
 """Hash tags whose node of a cluster is remembered."""
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 1.0
@@ -53,7 +55,7 @@ class Breaker:
         """Tell whether to ask now; admitting an attempt while open starts its pause."""
         if self._retry_at is None:
             return True
-        if now < self._retry_at:
+        if self._retry_at - RETRY_MAX_S <= now < self._retry_at:  # earlier: the clock was set back
             return False
         self._retry_at = now + self._pause_s
         return True
@@ -78,9 +80,16 @@ class Gate:
     Args:
         on_failure: called when the server does not answer.
         may_probe: tells whether the calling thread may ask a server that is away whether it is back.
+        clock: seconds.
     """
 
-    def __init__(self, on_failure: Callable[[], None], may_probe: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        on_failure: Callable[[], None],
+        may_probe: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._breaker, self._lock = Breaker(), threading.Lock()
         self._on_failure, self._may_probe = on_failure, may_probe
 
@@ -95,12 +104,12 @@ class Gate:
         with self._lock:
             if self._breaker.is_open and not self._may_probe():
                 return False
-            return self._breaker.admits(time.monotonic())
+            return self._breaker.admits(self._clock())
 
     def failed(self) -> None:
         """The server did not answer."""
         with self._lock:
-            self._breaker.failed(time.monotonic())
+            self._breaker.failed(self._clock())
         self._on_failure()
 
     def succeeded(self) -> None:
@@ -108,6 +117,25 @@ class Gate:
         if self._breaker.is_open:
             with self._lock:
                 self._breaker.succeeded()
+
+
+class ServerClock:
+    """What the server's clock says, in whole seconds, asked anew every `CLOCK_GOOD_S`. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told: tuple[float, int] = (-math.inf, 0)
+
+    def now(self) -> int | None:
+        """Return the time, or None where it must be asked for."""
+        at, seconds = self._told
+        age = self._clock() - at
+        return seconds + int(age) if 0 <= age < CLOCK_GOOD_S else None
+
+    def told(self, seconds: int) -> int:
+        """Take what the server said just now; return it."""
+        self._told = (self._clock(), seconds)
+        return seconds
 
 
 class Script:

@@ -243,7 +243,7 @@ class Owners:
     def _keep_alive(self) -> None:
         """Renew all leases in the middle of long work; whether one is over already shows at the next heartbeat."""
         now = self._clock()
-        if now - self._kept_alive_at < self._options.lease_s / 3:
+        if 0 <= now - self._kept_alive_at < self._options.lease_s / 3:
             return
         self._kept_alive_at = now
         names = [name for lease in self.all() for name in self._lease_names(lease)]
