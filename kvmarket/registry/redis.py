@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,30 +26,24 @@ from kvmarket.registry.records import (
     unpack,
     unpack_owner,
 )
-from kvmarket.registry.redis_batches import Asked, asked, batches, decode, select
+from kvmarket.registry.redis_batches import asked, batches, decode
 from kvmarket.registry.redis_keeper import Keeper
-from kvmarket.registry.redis_link import Gate, Link, ServerClock
-from kvmarket.registry.redis_wire import Command
+from kvmarket.registry.redis_link import Gate, Link
 from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners
+from kvmarket.registry.redis_runs import RunReader, read_epoch
 from kvmarket.registry.redis_scripts import BUMP, OPEN, namespace_key, owners_key
-from kvmarket.registry.redis_search import ASKED, DISCARD, LOOKUP
+from kvmarket.registry.redis_search import ASKED, DISCARD
 from kvmarket.server_url import parse_url, without_secrets
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvmarket.identity import OwnerInfo
     from kvmarket.registry.records import BlockRecords
 
-_Answer = tuple[int, Sequence[int], Sequence[bytes], "dict[bytes, bytes | None]"]
-"""Epoch; where each segment starts; the segments; owners (4 bytes) and what their leases say."""
 EPOCH_TRIES = 4
 """How often a look-up asks again because the epoch moved meanwhile."""
 OWNERS_CACHED_MAX = 4096
-STRETCHES_READ = 4
-"""A run of at most so many stretches is read whole."""
-PLAIN_RUNS_MAX = 64
-CROWDED_KNOWN_MAX = 4096
-LIKELY_OWNERS_MAX = 8
-"""Owners whose leases a look-up asks for at once; those of others it finds take another round trip, once."""
 EPOCHS_KNOWN_MAX = 4096
 
 
@@ -68,20 +61,18 @@ class RedisRegistry(Registry):
 
     def __init__(self, url: str) -> None:
         self._clock = time.monotonic
-        self._server_clock = ServerClock(self._now)
         self.options = parse_url(url)
         self.shown = without_secrets(url)
         self._keeper = Keeper(self._beat, self.options.lease_s / 3)
         self._gate = Gate(self._keeper.wake, self._keeper.leaves_it_to_caller, self._now)
         self._reads = Link(self.options.url, self.shown, self.options.timeout_s, self._gate)
         self._writes = Link(self.options.url, self.shown, self.options.write_timeout_s, self._gate)
+        self._runs = RunReader(self._reads, self._now)
         self._owners = Owners(self._writes, self.options, self._now)
         self._lock = threading.Lock()
         self._infos: dict[bytes, OwnerInfo] = {}
         self._epochs: dict[bytes, int] = {}
         self._opened: dict[bytes, dict[str, Any]] = {}
-        self._likely: dict[bytes, tuple[bytes, ...]] = {}
-        self._crowded: set[bytes] = set()
 
     def _now(self) -> float:
         return self._clock()
@@ -147,7 +138,7 @@ class RedisRegistry(Registry):
         return epoch
 
     def epoch(self, digest: bytes) -> int:
-        return self._seen(digest, _epoch(self._reads.call(b"GET", namespace_key(digest, b"e"))))
+        return self._seen(digest, read_epoch(self._reads.call(b"GET", namespace_key(digest, b"e"))))
 
     def epoch_hint(self, digest: bytes) -> int:
         return self._epochs.get(digest, 0)
@@ -157,7 +148,7 @@ class RedisRegistry(Registry):
         commands: list[tuple[Any, ...]] = [(b"GET", namespace_key(digest, b"e"))]
         commands += [(b"EXISTS", namespace_key(digest, b"l", number)) for number in numbers]
         epoch, *alive = map(self._reads.checked, self._reads.send(commands))
-        return self._seen(digest, _epoch(epoch)), [o for o, lives in zip(owners, alive, strict=True) if not lives]
+        return self._seen(digest, read_epoch(epoch)), [o for o, lives in zip(owners, alive, strict=True) if not lives]
 
     def bump_epoch(self, digest: bytes) -> int:
         return self._seen(digest, int(self._writes.run(BUMP, [namespace_key(digest, b"e")], [])))
@@ -188,7 +179,7 @@ class RedisRegistry(Registry):
         if not digests:
             return {}
         now = map(checked, ask([(b"GET", namespace_key(digest, b"e")) for digest in digests]))
-        epochs = {digest: _epoch(epoch) for digest, epoch in zip(digests, now, strict=True)}
+        epochs = {digest: read_epoch(epoch) for digest, epoch in zip(digests, now, strict=True)}
         current = [
             (n, p[:DIGEST_BYTES])
             for n, p in pairs
@@ -255,13 +246,7 @@ class RedisRegistry(Registry):
         tries = 0
         while True:
             known, tries = self._epochs.get(digest, 0), tries + 1
-            prefix = namespace_key(digest, b"r", known, b"")
-            runs = [prefix + head for head in part.heads]
-            plain = len(runs) <= PLAIN_RUNS_MAX and self._crowded.isdisjoint(runs)
-            answer = self._read_runs(digest, known, runs, part) if plain else None
-            if answer is None:
-                answer = self._search_runs(digest, known, runs, part)
-            epoch, places, segments, bodies = answer
+            epoch, places, segments, bodies = self._runs.find(digest, known, part)
             if epoch <= known or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
                 break
             self._seen(digest, epoch)
@@ -270,48 +255,6 @@ class RedisRegistry(Registry):
             owners[owner] = self._owner(owner, body) if body is not None else None
         records = decode(part, places, segments)
         return epoch, run_length(records["block"]), records
-
-    def _read_runs(self, digest: bytes, known: int, runs: list[bytes], part: Asked) -> _Answer | None:
-        """All there is of some runs, by plain commands: the server hardly works. None where one of them is crowded."""
-        likely = self._likely.get(digest, ())
-        lease = namespace_key(digest, b"l", b"")
-        fixed = (b"MGET", namespace_key(digest, b"e"), namespace_key(digest, b"h"))
-        commands: list[Command] = [fixed + tuple([lease + b"%d" % int.from_bytes(owner, "big") for owner in likely])]
-        commands += [(b"HRANDFIELD", run, STRETCHES_READ + 1, b"WITHVALUES") for run in runs]
-        if (now := self._server_clock.now()) is None:
-            commands.append((b"TIME",))
-        (told, held, *leases), *replies = map(self._reads.checked, self._reads.send(commands))
-        if now is None:
-            now = self._server_clock.told(int(replies.pop()[0]))
-        epoch, found = _epoch(told), replies
-        if epoch != known or held:
-            return epoch, (), (), {}
-        crowded = [run for run, fields in zip(runs, found, strict=True) if len(fields) > 2 * STRETCHES_READ]
-        if crowded:
-            if len(self._crowded) > CROWDED_KNOWN_MAX:
-                self._crowded = set()
-            self._crowded.update(crowded)
-            return None
-        places, segments, named = select(part, found, now)
-        bodies: dict[bytes, bytes | None] = dict(zip(likely, leases, strict=True))
-        if unknown := tuple(named - bodies.keys()):
-            names = [lease + b"%d" % int.from_bytes(owner, "big") for owner in unknown]
-            bodies |= dict(zip(unknown, self._reads.call(b"MGET", *names), strict=True))
-            if len(self._likely) >= EPOCHS_KNOWN_MAX:
-                self._likely = {}
-            self._likely[digest] = (*unknown, *likely)[:LIKELY_OWNERS_MAX]
-        return epoch, places, segments, {owner: bodies[owner] for owner in named}
-
-    def _search_runs(self, digest: bytes, known: int, runs: list[bytes], part: Asked) -> _Answer:
-        """The same by a script, which sends no more than what is asked for."""
-        names = [namespace_key(digest, b"e"), namespace_key(digest, b"h"), *runs]
-        leases = namespace_key(digest, b"l", b"")
-        reply = self._reads.run(LOOKUP, names, [known, leases, part.width, part.table, part.hashes])
-        epoch = _epoch(reply[0])
-        if len(reply) == 1:
-            return epoch, (), (), {}
-        _, places, segments, found = reply
-        return epoch, _signed(places), segments, dict(zip(found[::2], found[1::2], strict=True))
 
     # ---- upkeep
 
@@ -370,18 +313,6 @@ PROBE_S = 0.2
 """How often the keeper asks a server that is away whether it is back."""
 SWEEP_BEATS = 10
 """Every so many beats the keeper fences owners of other processes that are gone."""
-
-
-def _epoch(reply: bytes | None) -> int:
-    """Read what the server holds as a namespace's epoch; 0 for nothing."""
-    if reply is not None and not reply.isdigit():
-        raise RegistryProtocolError(f"the registry holds {reply!r} where an epoch should be")
-    return int(reply or 0)
-
-
-def _signed(places: bytes) -> list[int]:
-    found: list[int] = np.frombuffer(places, ">i4").tolist()
-    return found
 
 
 def _longest(

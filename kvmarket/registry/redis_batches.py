@@ -193,7 +193,9 @@ def decode(part: Asked, places: Sequence[int], segments: Sequence[bytes]) -> Blo
     if set(sizes) == {RECORD_BYTES}:
         found = decode_wire(blocks, np.frombuffer(b"".join(values), np.uint8).reshape(-1, RECORD_BYTES))
     if found is None:
-        each = [data[at : at + size] for data, size in zip(values, sizes, strict=True) for at in range(0, len(data), size)]
+        each = [
+            data[at : at + size] for data, size in zip(values, sizes, strict=True) for at in range(0, len(data), size)
+        ]
         found = decode_records(blocks.tolist(), each)
     blocks = found["block"]
     return found if bool((blocks[1:] > blocks[:-1]).all()) else found[np.argsort(blocks, kind="stable")]

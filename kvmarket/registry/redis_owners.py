@@ -181,9 +181,7 @@ class Owners:
         loses: dict[bytes, list[bytes]] = {}
         for stretch in change.puts:
             first = stretch.keys[0]
-            gets.setdefault(first[:size], []).extend(
-                (first[size:], len(stretch.keys), encode_stretch(stretch, number))
-            )
+            gets.setdefault(first[:size], []).extend((first[size:], len(stretch.keys), encode_stretch(stretch, number)))
         for first in change.drops:
             loses.setdefault(first[:size], []).append(first[size:])
         heads = list(gets | loses)

@@ -272,7 +272,7 @@ def test_a_crowded_run_is_searched_on_the_server(opened):
         assert rows(reader.lookup(digest, branches[number])) == expected
         inside = reader.lookup(digest, branches[number][shared:])
         assert [row[2] for row in rows(inside)] == [row[2] for row in expected[shared:]] * (number > 0)
-    assert reader._crowded
+    assert reader._runs.crowded
     found = reader.lookup(digest, branches[5])
     assert reader.discard(digest, found.keys, found.records[[3, 20]]) == 2
     assert reader.lookup(digest, branches[5]).blocks == 3

@@ -199,7 +199,9 @@ def test_records_of_other_versions_are_left_out():
     keys = chain(1, 3)
     strange = encode_stretch(Stretch(keys, [bytes(RECORD_BYTES)] * 3), b"\0\0\0\0")
     assert len(decode(asked(keys), [0], [segment(100, strange)])) == 0
-    short = STRETCH_HEAD.pack(3, 0, 2) + b"".join(key[12:] for key in keys[1:]) + b"\x91\x02" * 3  # another major version
+    short = (
+        STRETCH_HEAD.pack(3, 0, 2) + b"".join(key[12:] for key in keys[1:]) + b"\x91\x02" * 3
+    )  # another major version
     both = decode(asked(keys), [0, 0], [segment(100, short), segment(100, stretch_of(keys[:2]))])
     assert both["block"].tolist() == [0, 1]
 
@@ -208,7 +210,9 @@ def test_skipped_blocks_are_holes():
     keys = chain(1, 5)
     whole = stretch_of(keys)
     records = whole[STRETCH_HEAD.size + 4 * 32 :]
-    part = STRETCH_HEAD.pack(5, 3, RECORD_BYTES) + whole[STRETCH_HEAD.size : -len(records)] + records[3 * RECORD_BYTES :]
+    part = (
+        STRETCH_HEAD.pack(5, 3, RECORD_BYTES) + whole[STRETCH_HEAD.size : -len(records)] + records[3 * RECORD_BYTES :]
+    )
     found = decode(asked(keys), [0], [segment(100, part)])
     assert list(zip(found["block"], found["page"], strict=True)) == [(3, 3), (4, 4)]
 
