@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from typing import TYPE_CHECKING
@@ -54,10 +55,8 @@ class StaleRecords:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None and not self._closed.is_set():
-            try:
+            with contextlib.suppress(RegistryError):  # the next who meets them tries again
                 self._registry.discard(self._digest, *item)
-            except RegistryError:
-                pass  # the next who meets them tries again
             self._closed.wait(PAUSE_S)
 
     def close(self) -> None:
@@ -66,8 +65,6 @@ class StaleRecords:
         with self._lock:
             thread = self._thread
         if thread is not None:
-            try:
+            with contextlib.suppress(queue.Full):  # then it wakes up anyway
                 self._queue.put_nowait(None)
-            except queue.Full:
-                pass  # then it wakes up anyway
             thread.join(STOP_WAIT_S)

@@ -1,7 +1,8 @@
 """What the server does to find blocks: the longest prefix in one call, and single records that turned out to be stale.
 
-Both look at every stretch that may hold one of the blocks asked for. They are named by the hashes of runs of keys, each
-with consecutive indices; a stretch that starts before the first of them is found, too, as long as the run is not crowded.
+Both look at every stretch that may hold one of the blocks asked for. They are named by the hashes of runs of keys,
+each with consecutive indices; a stretch that starts before the first of them is found, too, as long as the run is not
+very crowded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SEARCH = (
     """
 local sub = string.sub
 -- Call `take(field, segments, p, e)` for the segments of a run that may hold blocks asked for; the stretch starts at
--- asked block `p` (negative: before). `first`: index of the first block asked for; `hashes` from `base` on: of `n` blocks.
+-- asked block `p` (negative: before). `first`: index of the first block asked for; `hashes` from `base` on: of `n`.
 local function search(key, first, n, hashes, base, width, take)
   local size = redis.call('HLEN', key)
   if size == 0 then return end
@@ -150,8 +151,10 @@ search(KEYS[1], first, n, hashes, 0, width, function(field, segments, p, at)
       and sub(segments, here, here + bytes - 1) == record then
       local parts, after = sub(segments, 1, at - 1), named + (count - skip) * bytes
       local function part(blocks, skipped, from, till)
-        local head = struct.pack('>I4c4I4I2I2I2', 18 + (blocks - 1) * width + till - from, who, expires, blocks, skipped, bytes)
-        parts = parts .. head .. sub(segments, at + 18, at + 17 + (blocks - 1) * width) .. sub(segments, from, till - 1)
+        local named_bytes = (blocks - 1) * width
+        parts = parts
+          .. struct.pack('>I4c4I4I2I2I2', 18 + named_bytes + till - from, who, expires, blocks, skipped, bytes)
+          .. sub(segments, at + 18, at + 17 + named_bytes) .. sub(segments, from, till - 1)
       end
       if j > skip then part(j, skip, named, here) end
       if j + 1 < count then part(count, j + 1, here + bytes, after) end

@@ -38,7 +38,9 @@ class Wire:
     """One connection of the client library, used directly. Not thread-safe."""
 
     def __init__(self, connection: Any) -> None:
-        self._connection, self._socket, self._reader = connection, None, None
+        self._connection = connection
+        self._socket: Any = None
+        self._reader: Any = None
         self.fresh = True
         """Not used before its present use."""
 
@@ -55,8 +57,6 @@ class Wire:
             self._connection.connect()
             self._socket = self._connection._sock  # noqa: SLF001 - the library has no public name for it
             self._reader = hiredis.Reader(replyError=ServerError)
-        assert self._socket is not None
-        assert self._reader is not None
         try:
             self._socket.sendall(b"".join([hiredis.pack_command(command) for command in commands]))
             return [self._answer() for _ in commands]

@@ -1,4 +1,4 @@
-"""A wire to a server that can be cut, or swallow everything, and be mended again: a TCP proxy on the loopback address."""
+"""A wire to a server that can be cut, or swallow everything, and be mended: a TCP proxy on the loopback address."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class BadLink:
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj in self._others:
-                    self._pass_on(key.fileobj)  # type: ignore[arg-type]
+                    self._pass_on(key.fileobj)
 
     def _accept(self) -> None:
         try:

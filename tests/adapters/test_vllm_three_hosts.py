@@ -1,4 +1,4 @@
-"""Three replicas on three hosts, as far as the network goes, over a registry server and UCX; one is killed under load."""
+"""Three replicas on three hosts, as far as the network goes, over a registry server and UCX; one is killed."""
 
 import itertools
 import time

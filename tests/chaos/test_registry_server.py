@@ -1,7 +1,7 @@
 """Bad days on a registry server: processes and the server are killed, stopped and restarted while blocks are fetched.
 
-Links to it are cut or swallow everything, and the clocks of leases jump. Real processes, a real server, real signals, in an order that the seed decides. Never a wrong byte, never a fetch that
-hangs, and nothing left behind. A failure names its seed; `CHAOS` holds what a run is made of.
+Links to it are cut or swallow everything, and the clocks of leases jump. Real processes, a real server, real signals,
+in an order that the seed decides. Never a wrong byte, never a fetch that hangs, and nothing left behind. A failure names its seed; `CHAOS` holds what a run is made of.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The registry file, and the server, against the reference: prefixes that fork, several owners of a block, prefixes that end."""
+"""The registry file and the server against the reference: prefixes that fork and end, several owners of a block."""
 
 import os
 
