@@ -320,9 +320,10 @@ def _longest(
 ) -> LookupResult:
     """Cut what the server has to the longest run that live owners hold."""
     living = {owner: info for owner, info in owners.items() if info is not None}
+    run = complete
     if len(living) < len(owners):
         records = records[np.isin(records["owner"], list(living))]
-    run = run_length(records["block"])
+        run = run_length(records["block"])
     if len(records) and int(records["block"][-1]) >= run:
         records = records[records["block"] < run]
     if len(living) > 1:

@@ -174,7 +174,7 @@ def decode(part: Asked, places: Sequence[int], segments: Sequence[bytes]) -> Blo
         places: where each stretch starts, counted in blocks asked for.
         segments: one stretch of one owner each.
     """
-    numbers: list[np.ndarray] = []
+    spans: list[tuple[int, int]] = []
     values: list[bytes] = []
     sizes: list[int] = []
     for place, segment in zip(places, segments, strict=True):
@@ -183,12 +183,15 @@ def decode(part: Asked, places: Sequence[int], segments: Sequence[bytes]) -> Blo
         end = _equal(part, place, segment, count)
         if end > begin:
             at = STRETCH_AT + (count - 1) * part.width - skipped * size
-            numbers.append(np.arange(place + begin, place + end))
+            spans.append((place + begin, place + end))
             values.append(segment[at + begin * size : at + end * size])
             sizes.append(size)
-    if not numbers:
+    if not spans:
         return np.empty(0, RECORD)
-    blocks = np.concatenate(numbers)
+    if follow := all(a[1] == b[0] for a, b in pairwise(spans)):
+        blocks = np.arange(spans[0][0], spans[-1][1])
+    else:
+        blocks = np.concatenate([np.arange(*span) for span in spans])
     found = None
     if set(sizes) == {RECORD_BYTES}:
         found = decode_wire(blocks, np.frombuffer(b"".join(values), np.uint8).reshape(-1, RECORD_BYTES))
@@ -197,8 +200,7 @@ def decode(part: Asked, places: Sequence[int], segments: Sequence[bytes]) -> Blo
             data[at : at + size] for data, size in zip(values, sizes, strict=True) for at in range(0, len(data), size)
         ]
         found = decode_records(blocks.tolist(), each)
-    blocks = found["block"]
-    return found if bool((blocks[1:] > blocks[:-1]).all()) else found[np.argsort(blocks, kind="stable")]
+    return found if follow else found[np.argsort(found["block"], kind="stable")]
 
 
 def _equal(part: Asked, place: int, segment: bytes, count: int) -> int:
