@@ -34,6 +34,10 @@ class WireClosedError(Exception):
     """The server closed the connection."""
 
 
+class WireGarbledError(OSError):
+    """What arrived is no answer of such a server."""
+
+
 class Wire:
     """One connection of the client library, used directly. Not thread-safe."""
 
@@ -56,7 +60,7 @@ class Wire:
         if self._socket is None:
             self._connection.connect()
             self._socket = self._connection._sock  # noqa: SLF001 - the library has no public name for it
-            self._reader = hiredis.Reader(replyError=ServerError)
+            self._reader = hiredis.Reader(protocolError=WireGarbledError, replyError=ServerError)
         try:
             self._socket.sendall(b"".join([hiredis.pack_command(command) for command in commands]))
             return [self._answer() for _ in commands]

@@ -46,7 +46,7 @@ LEASE_S, TIMEOUT_S, DEADLINE_S = 2.0, 0.3, 1.5
 GRACE_S = 8.0  # machines that run tests are busy
 GONE_WITHIN_S = 20.0
 SLOWEST = "slowest fetch in ms"
-AWAY_PAUSE_S = 0.05  # fetches miss at once: without it most of a run would be in the time without a server
+AWAY_PAUSE_S = 0.03  # fetches miss at once: without it most of a run would be in the time without a server
 CHAOS = {
     "fetch": 400,
     "publish": 60,

@@ -24,7 +24,7 @@ from kvmarket.registry.redis_batches import (
 from kvmarket.registry.redis_keeper import Keeper
 from kvmarket.registry.redis_link import CLOCK_GOOD_S, RETRY_MAX_S, RETRY_MIN_S, Breaker, ServerClock
 from kvmarket.registry.redis_scripts import SEGMENT, STRETCH_HEAD
-from kvmarket.registry.redis_wire import ServerError, tag_of
+from kvmarket.registry.redis_wire import ServerError, Wire, WireClosedError, WireGarbledError, tag_of
 from kvmarket.server_url import parse_url, without_secrets
 from kvmarket.testing.sample_records import chain
 
@@ -218,6 +218,46 @@ def test_skipped_blocks_are_holes():
 
 
 # ---- the wire
+
+
+class Plugged:
+    """What `Wire` uses of the client library's connection, on one end of a socket pair."""
+
+    def __init__(self, end):
+        self._sock = end
+
+    def connect(self):
+        self._sock.settimeout(5)
+
+    def disconnect(self):
+        self._sock.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (b"+OK\r\n-ERR bad\r\n", ["OK", "ERR bad"]),
+        (b"HTTP/1.1 400 Bad Request\r\n", WireGarbledError),
+        (b"+OK\r\n", WireClosedError),
+        (b"", WireClosedError),
+    ],
+)
+def test_answers_of_a_wire(sent, expected):
+    pytest.importorskip("hiredis", reason="the extra 'redis' is not installed")
+    here, there = socket.socketpair()
+    wire = Wire(Plugged(here))
+    there.sendall(sent)
+    there.shutdown(socket.SHUT_WR)
+    if isinstance(expected, list):
+        first, second = wire.exchange([(b"PING",), (b"GET", 1)])
+        assert [first.decode(), str(second)] == expected
+        assert isinstance(second, ServerError)
+    else:
+        with pytest.raises(expected):
+            wire.exchange([(b"PING",), (b"PING",)])
+    wire.close()
+    wire.close()
+    there.close()
 
 
 def test_what_a_command_is_about_and_where_it_moved():
