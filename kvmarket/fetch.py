@@ -20,6 +20,7 @@ from kvmarket.registry import LookupResult, Registry
 from kvmarket.registry.records import RECORD, BlockRecords, have_digest, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
+from kvmarket.stale import StaleRecords
 from kvmarket.transport import Connection, ReadRequest, TransportSelector
 from kvmarket.verification import Verification
 
@@ -83,6 +84,7 @@ class Fetcher:
         self._registry, self._transports, self._metrics = registry, transports, metrics
         self._verify = config.verify
         self._helper = Helper()
+        self._stale = StaleRecords(registry, self._digest, metrics)
         self._explaining = threading.Lock()
         self._explained: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
 
@@ -134,6 +136,7 @@ class Fetcher:
                 try:
                     connection = self._connect(owner, region)
                     keep[rows] = connection.fresh(found.records["page"][rows], found.records["generation"][rows])
+                    self._stale.met(found.keys, found.records[rows[~keep[rows]]])
                 except _UnverifiedError:
                     keep[rows], why = False, "unverified"
                 except TransportError:
@@ -170,7 +173,9 @@ class Fetcher:
             if run is None:
                 break  # outcome.reason says why the last source was excluded
             owner = found.owners[int(run["owner"][0])]
-            adopted = self._read_run(run, owner, local, local_pages, deadline=deadline, outcome=outcome)
+            adopted = self._read_run(
+                run, owner, local, local_pages, deadline=deadline, outcome=outcome, keys=found.keys
+            )
             if adopted:
                 used[owner.owner] = owner
             if adopted < len(run):
@@ -190,6 +195,7 @@ class Fetcher:
         *,
         deadline: Deadline,
         outcome: Outcome,
+        keys: Sequence[bytes],
     ) -> int:
         """Read consecutive blocks of one region; return how many leading ones are good."""
         began = time.perf_counter()
@@ -239,6 +245,8 @@ class Fetcher:
         if good < len(run):
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
+            stale = [at for at, reason in refused.items() if reason is MissReason.STALE_GENERATION]
+            self._stale.met(keys, run[stale])
         outcome.blocks += good
         if good:
             self._metrics.add_labelled("tier_blocks", "tier", report.tier, good)
@@ -298,7 +306,8 @@ class Fetcher:
             outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner} died during the fetch"
 
     def close(self) -> None:
-        """Stop the helping thread."""
+        """Stop the helping threads."""
+        self._stale.close()
         self._helper.close()
 
 

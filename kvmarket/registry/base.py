@@ -39,6 +39,8 @@ class LookupResult:
         records: their records, sorted by block; several owners of one block give several records.
         first_missing: what ended the run: ``""``, ``not_published`` or ``owner_gone``; ``stale_generation`` or
             ``unverified`` when a reader has shortened it.
+        owners: who the owners of the records are.
+        keys: what was asked for.
     """
 
     epoch: int
@@ -46,6 +48,7 @@ class LookupResult:
     records: BlockRecords
     first_missing: str = ""
     owners: dict[int, OwnerInfo] = field(default_factory=dict)
+    keys: Sequence[bytes] = ()
 
 
 def shown(found: Iterable[NamespaceInfo], limit: int, own: bytes, tag: str) -> list[NamespaceInfo]:
@@ -90,6 +93,16 @@ class Registry(ABC):
     @abstractmethod
     def withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
         """Remove this owner's records of `keys`; return how many there were."""
+
+    @abstractmethod
+    def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        """Remove records that their owner refuses, where they are still exactly these; return how many there were.
+
+        Args:
+            digest: the namespace.
+            keys: what was looked up.
+            records: some of what was found.
+        """
 
     @abstractmethod
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:

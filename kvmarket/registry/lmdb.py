@@ -217,10 +217,28 @@ class LmdbRegistry(Registry):
             prefix, owner_key = _u32(self._epoch(txn, digest)), _u32(owner)
             blocks = txn.cursor(self._table("blocks"))
             removed = sum(delete_record(blocks, prefix + key, owner_key) for key in keys)
-            runs = txn.cursor(self._table("runs"))
-            for run in {prefix + key[:HEAD_BYTES] for key in keys}:
-                if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
-                    runs.delete()
+            self._forget_runs(txn, blocks, {(owner_key, prefix + key[:HEAD_BYTES]) for key in keys})
+        return removed
+
+    def _forget_runs(self, txn: Transaction, blocks: Any, pairs: set[tuple[bytes, bytes]]) -> None:
+        """Take runs that owners have no blocks in any more off their lists."""
+        runs = txn.cursor(self._table("runs"))
+        for owner_key, run in pairs:
+            if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
+                runs.delete()
+
+    def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        gone: set[tuple[bytes, bytes]] = set()
+        removed = 0
+        with self._file.write() as txn:
+            prefix, blocks = _u32(self._epoch(txn, digest)), txn.cursor(self._table("blocks"))
+            for block, value in zip(records["block"].tolist(), encode_records(records), strict=True):
+                key = prefix + keys[block]
+                if blocks.set_key_dup(key, value):
+                    blocks.delete()
+                    removed += 1
+                    gone.add((value[OWNER_AT], key[: _U32 + HEAD_BYTES]))
+            self._forget_runs(txn, blocks, gone)
         return removed
 
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
@@ -242,7 +260,7 @@ class LmdbRegistry(Registry):
         if len(records) and int(records["block"][-1]) >= run:
             records = records[records["block"] < run]
         ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
-        return LookupResult(epoch, run, records, ended, living)
+        return LookupResult(epoch, run, records, ended, living, keys)
 
     # ---- upkeep
 

@@ -12,7 +12,7 @@ from kvmarket.errors import RegistryProtocolError
 from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
-from kvmarket.registry.records import RECORD, BlockRecords
+from kvmarket.registry.records import RECORD, BlockRecords, encode_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,6 +95,22 @@ class MemoryRegistry(Registry):
                     del namespace.blocks[key]
         return removed
 
+    def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        removed = 0
+        with self._lock:
+            namespace = self._namespaces.get(digest)
+            if namespace is None:
+                return 0
+            for wire, record in zip(encode_records(records), records, strict=True):
+                key, owner = keys[int(record["block"])], int(record["owner"])
+                holders = namespace.blocks.get(key, {})
+                if owner in holders and encode_records(np.array([holders[owner]], RECORD)) == [wire]:
+                    removed += 1
+                    del holders[owner]
+                    if not holders:
+                        del namespace.blocks[key]
+        return removed
+
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
         rows: list[np.ndarray] = []
         blocks = 0
@@ -113,7 +129,7 @@ class MemoryRegistry(Registry):
             records = np.concatenate(rows) if rows else np.empty(0, RECORD)
             owners = {owner: self._owners[owner] for owner in set(records["owner"].tolist())}
             ended = "" if blocks == len(keys) else "not_published"
-            return LookupResult(namespace.epoch, blocks, records, ended, owners)
+            return LookupResult(namespace.epoch, blocks, records, ended, owners, keys)
 
     def region(self, owner: int, region_id: int) -> dict[str, Any] | None:
         with self._lock:

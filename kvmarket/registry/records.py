@@ -28,6 +28,8 @@ FIELDS = 6
 """Fields of a block record in this version; a later minor version may append some."""
 RUN_BLOCKS = 32
 HEAD_BYTES = 8
+KEY_HEAD_BYTES = HEAD_BYTES + 4
+"""Bytes of a block key before the block's hash: its run's head and its index."""
 RECORD_BYTES_MAX = 511
 """The longest value the ordered store takes when several owners hold one block."""
 DIGEST_BYTES = 16
@@ -56,8 +58,9 @@ _WIRE = np.dtype(
 RECORD_BYTES = _WIRE.itemsize
 _TAGS = {"array": 0x96, "major": MAJOR, "t1": 0xCE, "t2": 0xCD, "t3": 0xCE, "t4": 0xCF, "t5": 0xC4, "digest_len": 16}
 _WIRE_FIELDS: Mapping[str, Any] = _WIRE.fields or {}
-_TAG_AT = np.array([_WIRE_FIELDS[name][1] for name in _TAGS])
-_TAG_VALUES = np.array(list(_TAGS.values()), np.uint8)
+_TAG_MASK, _TAG_VALUES = np.zeros(RECORD_BYTES, np.uint8), np.zeros(RECORD_BYTES, np.uint8)
+for _name, _value in _TAGS.items():
+    _TAG_MASK[_WIRE_FIELDS[_name][1]], _TAG_VALUES[_WIRE_FIELDS[_name][1]] = 0xFF, _value
 
 RECORD = np.dtype(
     [("block", "i8"), ("owner", "i8"), ("region", "i8"), ("page", "i8"), ("generation", "u8"), ("digest", "V16")]
@@ -136,7 +139,7 @@ def have_digest(records: BlockRecords) -> np.ndarray:
 
 def run_length(blocks: np.ndarray) -> int:
     """Return how many of blocks 0, 1, 2, ... are present in the sorted `blocks`."""
-    if len(blocks) and int(blocks[-1]) + 1 == len(blocks) and bool((np.diff(blocks) == 1).all()):
+    if len(blocks) and int(blocks[-1]) + 1 == len(blocks) and bool((blocks[1:] > blocks[:-1]).all()):
         return len(blocks)  # one record each
     present = np.unique(blocks)
     gaps = np.flatnonzero(present != np.arange(len(present)))
@@ -176,7 +179,7 @@ def decode_records(blocks: Sequence[int], values: Sequence[bytes]) -> BlockRecor
 
 def decode_wire(blocks: Sequence[int] | np.ndarray, data: np.ndarray) -> BlockRecords | None:
     """Decode (n, `RECORD_BYTES`) uint8, rows contiguous: records of this very version. None if any is not one."""
-    if not bool((data[:, _TAG_AT] == _TAG_VALUES).all()):
+    if not bool(((data & _TAG_MASK) == _TAG_VALUES).all()):
         return None
     wire = data.view(_WIRE)[:, 0]
     records = np.empty(len(wire), RECORD)

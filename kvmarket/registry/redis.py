@@ -8,6 +8,7 @@ what stays true.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,24 @@ import numpy as np
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
-from kvmarket.registry.records import RECORD, RECORD_BYTES, encode_records, pack, run_length, unpack, unpack_owner
-from kvmarket.registry.redis_batches import batch, batches, decode
+from kvmarket.registry.records import (
+    OWNER_AT,
+    RECORD,
+    RUN_BLOCKS,
+    blocks_to_run_end,
+    encode_records,
+    pack,
+    run_length,
+    unpack,
+    unpack_owner,
+)
+from kvmarket.registry.redis_batches import asked, batches, decode
 from kvmarket.registry.redis_keeper import Keeper
 from kvmarket.registry.redis_link import Gate, Link
 from kvmarket.registry.redis_owners import DIGEST_BYTES, Owners
-from kvmarket.registry.redis_scripts import BUMP, LOOKUP, OPEN, SEGMENT_HEAD, namespace_key, owners_key
+from kvmarket.registry.redis_runs import RunReader, read_epoch
+from kvmarket.registry.redis_scripts import BUMP, OPEN, namespace_key, owners_key
+from kvmarket.registry.redis_search import ASKED, DISCARD
 from kvmarket.server_url import parse_url, without_secrets
 
 if TYPE_CHECKING:
@@ -49,14 +62,16 @@ class RedisRegistry(Registry):
 
     def __init__(self, url: str) -> None:
         self.metrics = Metrics()
+        self._clock = time.monotonic
         self.options = parse_url(url)
         self.shown = without_secrets(url)
         self._keeper = Keeper(self._beat, self.options.lease_s / 3)
-        self._gate = Gate(self._server_failed, self._keeper.leaves_it_to_caller)
+        self._gate = Gate(self._server_failed, self._keeper.leaves_it_to_caller, self._now)
         self.metrics.gauge("registry_away", lambda: self._gate.is_open)
         self._reads = Link(self.options.url, self.shown, self.options.timeout_s, self._gate)
         self._writes = Link(self.options.url, self.shown, self.options.write_timeout_s, self._gate)
-        self._owners = Owners(self._writes, self.options, metrics=self.metrics)
+        self._runs = RunReader(self._reads, self._now)
+        self._owners = Owners(self._writes, self.options, self._now, metrics=self.metrics)
         self._lock = threading.Lock()
         self._infos: dict[bytes, OwnerInfo] = {}
         self._epochs: dict[bytes, int] = {}
@@ -65,6 +80,9 @@ class RedisRegistry(Registry):
     def _server_failed(self) -> None:
         self.metrics.add(server_failures=1)
         self._keeper.wake()
+
+    def _now(self) -> float:
+        return self._clock()
 
     # ---- owners
 
@@ -127,7 +145,7 @@ class RedisRegistry(Registry):
         return epoch
 
     def epoch(self, digest: bytes) -> int:
-        return self._seen(digest, _epoch(self._reads.call(b"GET", namespace_key(digest, b"e"))))
+        return self._seen(digest, read_epoch(self._reads.call(b"GET", namespace_key(digest, b"e"))))
 
     def epoch_hint(self, digest: bytes) -> int:
         return self._epochs.get(digest, 0)
@@ -137,7 +155,7 @@ class RedisRegistry(Registry):
         commands: list[tuple[Any, ...]] = [(b"GET", namespace_key(digest, b"e"))]
         commands += [(b"EXISTS", namespace_key(digest, b"l", number)) for number in numbers]
         epoch, *alive = map(self._reads.checked, self._reads.send(commands))
-        return self._seen(digest, _epoch(epoch)), [o for o, lives in zip(owners, alive, strict=True) if not lives]
+        return self._seen(digest, read_epoch(epoch)), [o for o, lives in zip(owners, alive, strict=True) if not lives]
 
     def bump_epoch(self, digest: bytes) -> int:
         return self._seen(digest, int(self._writes.run(BUMP, [namespace_key(digest, b"e")], [])))
@@ -168,7 +186,7 @@ class RedisRegistry(Registry):
         if not digests:
             return {}
         now = map(checked, ask([(b"GET", namespace_key(digest, b"e")) for digest in digests]))
-        epochs = {digest: _epoch(epoch) for digest, epoch in zip(digests, now, strict=True)}
+        epochs = {digest: read_epoch(epoch) for digest, epoch in zip(digests, now, strict=True)}
         current = [
             (n, p[:DIGEST_BYTES])
             for n, p in pairs
@@ -200,6 +218,16 @@ class RedisRegistry(Registry):
             return 0
         return self._owners.withdraw(digest, epoch, owner, keys)
 
+    def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        epoch, removed = self._epochs.get(digest, 0), 0
+        for record, wire in zip(records, encode_records(records), strict=True):
+            block = int(record["block"])
+            part = asked(keys[max(0, block - RUN_BLOCKS + blocks_to_run_end(keys[block])) : block + 1])
+            where = [namespace_key(digest, b"r", epoch, part.heads[-1])]
+            table, hashes = ASKED.pack(*part.runs[-1]), part.hashes[-part.runs[-1][1] * part.width :]
+            removed += int(self._writes.run(DISCARD, where, [part.width, table, hashes, wire[OWNER_AT], wire]))
+        return removed
+
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
         if not keys:
             epoch = self.epoch(digest)
@@ -215,31 +243,25 @@ class RedisRegistry(Registry):
             complete = start + blocks
             if complete < end:
                 break
-        return _longest(epoch, len(keys), complete, parts[0] if len(parts) == 1 else np.concatenate(parts), owners)
+        return _longest(epoch, keys, complete, parts[0] if len(parts) == 1 else np.concatenate(parts), owners)
 
     def _lookup_part(
         self, digest: bytes, keys: Sequence[bytes], owners: dict[int, OwnerInfo | None]
     ) -> tuple[int, int, BlockRecords]:
         """One round trip: the epoch, how many blocks the server has in a row, and their records."""
-        part = batch(keys)
-        fixed = [namespace_key(digest, b"e"), namespace_key(digest, b"h")]
+        part = asked(keys)
         tries = 0
         while True:
-            asked, tries = self._epochs.get(digest, 0), tries + 1
-            prefix = namespace_key(digest, b"r", asked, b"")
-            names = fixed + [prefix + head for head in part.heads]
-            sizes: list[bytes | int] = [part.width, SEGMENT_HEAD + RECORD_BYTES, part.counts, part.keys]
-            reply = self._reads.run(LOOKUP, names, [asked, namespace_key(digest, b"l", b""), *sizes])
-            epoch, blocks = _epoch(reply[0]), int(reply[2])
-            if epoch <= asked or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
+            known, tries = self._epochs.get(digest, 0), tries + 1
+            epoch, places, segments, bodies = self._runs.find(digest, known, part)
+            if epoch <= known or tries == EPOCH_TRIES:  # a lower one: the server lost it, and this process will tell it
                 break
             self._seen(digest, epoch)
-        if not blocks:
-            return epoch, 0, np.empty(0, RECORD)
-        for number, data in zip(reply[5::2], reply[6::2], strict=True):
+        for number, body in bodies.items():
             owner = int.from_bytes(number, "big")
-            owners[owner] = self._owner(owner, data) if data is not None else None
-        return epoch, blocks, decode(blocks, int(reply[1]), reply[3], reply[4])
+            owners[owner] = self._owner(owner, body) if body is not None else None
+        records = decode(part, places, segments)
+        return epoch, run_length(records["block"]), records
 
     # ---- upkeep
 
@@ -278,7 +300,8 @@ class RedisRegistry(Registry):
             for pair in self._reads.call(b"SMEMBERS", owners_key(b"n", number)):
                 epoch = int.from_bytes(pair[DIGEST_BYTES:], "big")
                 if pair[:DIGEST_BYTES] in listed:
-                    entries += self._reads.call(b"SCARD", namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number))
+                    name = namespace_key(pair[:DIGEST_BYTES], b"i", epoch, number)
+                    entries += sum(map(int, self._reads.call(b"HVALS", name)))
         used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
         return self.shown, used, limit, entries, len(numbers), len(numbers) - len(living)
 
@@ -304,25 +327,19 @@ SWEEP_BEATS = 10
 """Every so many beats the keeper fences owners of other processes that are gone."""
 
 
-def _epoch(reply: bytes | None) -> int:
-    """Read what the server holds as a namespace's epoch; 0 for nothing."""
-    if reply is not None and not reply.isdigit():
-        raise RegistryProtocolError(f"the registry holds {reply!r} where an epoch should be")
-    return int(reply or 0)
-
-
 def _longest(
-    epoch: int, asked: int, complete: int, records: BlockRecords, owners: dict[int, OwnerInfo | None]
+    epoch: int, keys: Sequence[bytes], complete: int, records: BlockRecords, owners: dict[int, OwnerInfo | None]
 ) -> LookupResult:
     """Cut what the server has to the longest run that live owners hold."""
     living = {owner: info for owner, info in owners.items() if info is not None}
+    run = complete
     if len(living) < len(owners):
         records = records[np.isin(records["owner"], list(living))]
-    run = run_length(records["block"])
+        run = run_length(records["block"])
     if len(records) and int(records["block"][-1]) >= run:
         records = records[records["block"] < run]
     if len(living) > 1:
         left = set(np.unique(records["owner"]).tolist())
         living = {owner: info for owner, info in living.items() if owner in left}
-    ended = "" if run == asked else "owner_gone" if run < complete else "not_published"
-    return LookupResult(epoch, run, records, ended, living if run else {})
+    ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
+    return LookupResult(epoch, run, records, ended, living if run else {}, keys)

@@ -1,4 +1,4 @@
-"""How batches of block keys and records travel to and from the server's scripts."""
+"""How block keys and records travel to and from the server's scripts: as runs of consecutive blocks."""
 
 from __future__ import annotations
 
@@ -11,62 +11,154 @@ import numpy as np
 from kvmarket.errors import RegistryProtocolError
 from kvmarket.registry.records import (
     HEAD_BYTES,
+    KEY_HEAD_BYTES,
     OWNER_AT,
     RECORD,
     RECORD_BYTES,
+    RUN_BLOCKS,
     BlockRecords,
     decode_records,
     decode_wire,
 )
-from kvmarket.registry.redis_scripts import SEGMENT_HEAD
+from kvmarket.registry.redis_scripts import SEGMENT, STRETCH_HEAD
+from kvmarket.registry.redis_search import ASKED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-FIELDS_PER_RUN_MAX = 1000
-"""Fields of one run in one call: a script cannot pass more than some thousand arguments on."""
+    from kvmarket.registry.leases import Stretch
+
+STRETCH_BLOCKS_MAX = 1000
+"""Blocks of one stretch: a script cannot pass more than some thousand arguments on."""
 BLOCKS_PER_CALL_MAX = 4096
-"""Blocks in one call, which bounds how long it keeps the server from others: some milliseconds."""
-_SEGMENT = np.dtype([("length", "u1"), ("expires", ">u4"), ("record", f"V{RECORD_BYTES}")])
+"""Blocks in one look-up, which bounds how long it keeps the server from others: some milliseconds."""
+CHANGES_PER_CALL_MAX = 1024
+"""The same for blocks that are announced or withdrawn: each may change a stretch of its own."""
+STRETCH_AT = SEGMENT.size + STRETCH_HEAD.size
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Keys of one call, grouped by run.
+class Asked:
+    """Keys of one look-up.
 
     Attributes:
         heads: the head of every run.
-        counts: the number of keys of each run, two bytes each.
-        keys: all block keys, in order, each `width` bytes.
+        runs: index of the first block of every run, and number of blocks.
+        hashes: of all blocks, in order, each `width` bytes.
     """
 
     heads: list[bytes]
-    counts: bytes
-    keys: bytes
+    runs: list[tuple[int, int]]
+    hashes: bytes
     width: int
 
+    @property
+    def table(self) -> bytes:
+        """`ASKED` of every run."""
+        return b"".join([ASKED.pack(*run) for run in self.runs])
 
-def batches(keys: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """Cut keys into calls: yields start and end."""
-    for start in range(0, len(keys), BLOCKS_PER_CALL_MAX):
-        yield start, min(start + BLOCKS_PER_CALL_MAX, len(keys))
+
+def batches(keys: Sequence[bytes], limit: int = BLOCKS_PER_CALL_MAX) -> Iterator[tuple[int, int]]:
+    """Cut keys into calls, where a run begins if there are several: yields start and end."""
+    start = 0
+    while start < len(keys):
+        end = start + limit
+        if end < len(keys):
+            end -= _index(keys[end]) % RUN_BLOCKS % limit
+            if end <= start:
+                end = start + limit
+        yield start, min(end, len(keys))
+        start = end
 
 
-def batch(keys: Sequence[bytes]) -> Batch:
-    """Group neighbouring keys of a run. Keys of one namespace are equally long, and there is at least one.
+def _index(key: bytes) -> int:
+    return int.from_bytes(key[HEAD_BYTES:KEY_HEAD_BYTES], "big")
+
+
+def cuts(keys: Sequence[bytes]) -> tuple[list[int], bytes]:
+    """Return where stretches of consecutive blocks of one run begin, the end added, and the keys joined.
 
     Raises:
-        RegistryProtocolError: they are not.
+        RegistryProtocolError: keys are not equally long, or too short; keys of one namespace never are.
     """
     length = len(keys[0])
-    if set(map(len, keys)) != {length} or length <= HEAD_BYTES:
+    if set(map(len, keys)) != {length} or length <= KEY_HEAD_BYTES:
         raise RegistryProtocolError("block keys of one call must be equally long, and longer than a run's head")
     joined = b"".join(keys)
-    heads = np.frombuffer(joined, [("head", "u8"), ("rest", f"V{length - HEAD_BYTES}")])["head"]
-    starts = [0, *(np.flatnonzero(heads[1:] != heads[:-1]) + 1).tolist(), len(keys)]
-    cuts = [cut for a, b in pairwise(starts) for cut in range(a, b, FIELDS_PER_RUN_MAX)]
-    counts = b"".join((b - a).to_bytes(2, "big") for a, b in pairwise([*cuts, len(keys)]))
-    return Batch([keys[cut][:HEAD_BYTES] for cut in cuts], counts, joined, length)
+    parts = np.frombuffer(joined, [("head", "u8"), ("index", ">u4"), ("hash", f"V{length - KEY_HEAD_BYTES}")])
+    heads, indices = parts["head"], parts["index"].astype(np.int64)
+    follows = (heads[1:] == heads[:-1]) & (indices[1:] == indices[:-1] + 1)
+    starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(keys)]
+    if max(b - a for a, b in pairwise(starts)) > STRETCH_BLOCKS_MAX:
+        starts = [cut for a, b in pairwise(starts) for cut in range(a, b, STRETCH_BLOCKS_MAX)] + [len(keys)]
+    return starts, joined
+
+
+def asked(keys: Sequence[bytes]) -> Asked:
+    """Prepare a look-up of at least one key."""
+    length = len(keys[0])
+    hashes = b"".join([key[KEY_HEAD_BYTES:] for key in keys])
+    if len(hashes) != len(keys) * (length - KEY_HEAD_BYTES):
+        raise RegistryProtocolError("block keys of one call must be equally long, and longer than a run's head")
+    starts = _aligned(keys) or cuts(keys)[0]
+    runs = [(_index(keys[a]), b - a) for a, b in pairwise(starts)]
+    return Asked([keys[a][:HEAD_BYTES] for a in starts[:-1]], runs, hashes, length - KEY_HEAD_BYTES)
+
+
+def _aligned(keys: Sequence[bytes]) -> list[int] | None:
+    """What `cuts` finds for the keys of one prefix, as far as the first and last key of each run tell; or None."""
+    starts = [0]
+    while (start := starts[-1]) < len(keys):
+        index = _index(keys[start])
+        end = min(start + RUN_BLOCKS - index % RUN_BLOCKS, len(keys))
+        last = keys[end - 1]
+        if last[:HEAD_BYTES] != keys[start][:HEAD_BYTES] or _index(last) != index + end - 1 - start:
+            return None
+        starts.append(end)
+    return starts
+
+
+def select(part: Asked, found: Sequence[Sequence[bytes]], now: int) -> tuple[list[int], list[bytes], set[bytes]]:
+    """Choose what may hold blocks asked for from all there is of their runs, as `LOOKUP` does on the server.
+
+    Args:
+        part: what was asked for.
+        found: field and segments by turns, of every run.
+        now: the server's clock, in seconds.
+
+    Returns:
+        Where each segment starts, counted in blocks asked for; the segments; the numbers of their owners (4 bytes).
+    """
+    places: list[int] = []
+    segments: list[bytes] = []
+    owners: set[bytes] = set()
+    before, width = 0, part.width
+    for (first, count), fields in zip(part.runs, found, strict=True):
+        for field, value in zip(fields[::2], fields[1::2], strict=True):
+            place = int.from_bytes(field[:4], "big") - first
+            here = (before + place) * width
+            if place >= count or (place >= 0 and field[4:] != part.hashes[here : here + width]):
+                continue
+            at = 0
+            while at < len(value):
+                length, owner, expires = SEGMENT.unpack_from(value, at)
+                if expires > now:
+                    places.append(before + place)
+                    segments.append(value[at : at + length])
+                    owners.add(owner)
+                at += length
+        before += count
+    return places, segments, owners
+
+
+def encode_stretch(stretch: Stretch, owner: bytes) -> bytes:
+    """Return what the server keeps of a stretch, its records naming `owner` (4 bytes)."""
+    values = [with_owner(value, owner) for value in stretch.values]
+    size = len(values[0])
+    if set(map(len, values)) != {size}:
+        raise RegistryProtocolError("records of one call must be equally long")
+    head = STRETCH_HEAD.pack(len(values), 0, size)
+    return b"".join([head, *[key[KEY_HEAD_BYTES:] for key in stretch.keys[1:]], *values])
 
 
 def with_owner(record: bytes, owner: bytes) -> bytes:
@@ -74,37 +166,55 @@ def with_owner(record: bytes, owner: bytes) -> bytes:
     return record if record[OWNER_AT] == owner else record[: OWNER_AT.start] + owner + record[OWNER_AT.stop :]
 
 
-def decode(blocks: int, now: int, segments: bytes, lengths: bytes) -> BlockRecords:
-    """Decode what a look-up found.
+def decode(part: Asked, places: Sequence[int], segments: Sequence[bytes]) -> BlockRecords:
+    """Decode what a look-up found, sorted by block. Only blocks whose hash is the one asked for are taken.
 
     Args:
-        blocks: how many blocks `segments` is of.
-        now: the server's clock, in seconds: entries that expired by then are left out.
-        segments: every block's segments, one block after the other.
-        lengths: the bytes of each block, comma-separated; empty when each has one plain segment.
+        part: what was asked for.
+        places: where each stretch starts, counted in blocks asked for.
+        segments: one stretch of one owner each.
     """
-    if not lengths:
-        table = np.frombuffer(segments, np.uint8).reshape(blocks, SEGMENT_HEAD + RECORD_BYTES)
-        records = decode_wire(np.arange(blocks), table[:, SEGMENT_HEAD:])
-        if records is not None:
-            fresh = np.frombuffer(segments, _SEGMENT)["expires"] > now
-            return records if fresh.all() else records[fresh]
-        lengths = b",".join([b"%d" % (SEGMENT_HEAD + RECORD_BYTES)] * blocks)
-    numbers, values = _split(now, segments, [int(length) for length in lengths.split(b",")])
-    return decode_records(numbers, values) if values else np.empty(0, RECORD)
-
-
-def _split(now: int, segments: bytes, lengths: Sequence[int]) -> tuple[list[int], list[bytes]]:
-    blocks: list[int] = []
+    spans: list[tuple[int, int]] = []
     values: list[bytes] = []
-    at = 0
-    for block, length in enumerate(lengths):
-        end = at + length
-        while at < end:
-            expires = int.from_bytes(segments[at + 1 : at + SEGMENT_HEAD], "big")
-            stop = at + SEGMENT_HEAD + segments[at]
-            if expires > now:
-                blocks.append(block)
-                values.append(segments[at + SEGMENT_HEAD : stop])
-            at = stop
-    return blocks, values
+    sizes: list[int] = []
+    for place, segment in zip(places, segments, strict=True):
+        count, skipped, size = STRETCH_HEAD.unpack_from(segment, SEGMENT.size)
+        begin = max(skipped, -place)
+        end = _equal(part, place, segment, count)
+        if end > begin:
+            at = STRETCH_AT + (count - 1) * part.width - skipped * size
+            spans.append((place + begin, place + end))
+            values.append(segment[at + begin * size : at + end * size])
+            sizes.append(size)
+    if not spans:
+        return np.empty(0, RECORD)
+    if follow := all(a[1] == b[0] for a, b in pairwise(spans)):
+        blocks = np.arange(spans[0][0], spans[-1][1])
+    else:
+        blocks = np.concatenate([np.arange(*span) for span in spans])
+    found = None
+    if set(sizes) == {RECORD_BYTES}:
+        found = decode_wire(blocks, np.frombuffer(b"".join(values), np.uint8).reshape(-1, RECORD_BYTES))
+    if found is None:
+        each = [
+            data[at : at + size] for data, size in zip(values, sizes, strict=True) for at in range(0, len(data), size)
+        ]
+        found = decode_records(blocks.tolist(), each)
+    return found if follow else found[np.argsort(found["block"], kind="stable")]
+
+
+def _equal(part: Asked, place: int, segment: bytes, count: int) -> int:
+    """Return the block of a stretch up to which, from the first one asked for on, its hashes are those asked for.
+
+    The server has found the stretch by the hash of its first block.
+    """
+    width = part.width
+    low, high = max(1, -place), min(count, len(part.hashes) // width - place)
+    there, here = STRETCH_AT + (low - 1) * width, (place + low) * width
+    size = (high - low) * width
+    if segment[there : there + size] == part.hashes[here : here + size]:
+        return high
+    for at in range(0, size, width):
+        if segment[there + at : there + at + width] != part.hashes[here + at : here + at + width]:
+            return low + at // width
+    return high

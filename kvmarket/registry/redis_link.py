@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
 from hashlib import sha1
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvmarket.errors import (
     ConfigError,
@@ -16,12 +17,16 @@ from kvmarket.errors import (
     RegistryFullError,
     RegistryUnavailableError,
 )
+from kvmarket.registry.redis_wire import Command, Node, ServerError, Wire, WireClosedError, tag_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 CONNECTIONS_MAX = 16
 """Connections of one link; more callers wait for one, within the timeout."""
+CLOCK_GOOD_S = 1.0
+NODES_KNOWN_MAX = 1024
+"""Hash tags whose node of a cluster is remembered."""
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 1.0
 """How long after a failure the server is asked again: doubling between these."""
 
@@ -50,7 +55,7 @@ class Breaker:
         """Tell whether to ask now; admitting an attempt while open starts its pause."""
         if self._retry_at is None:
             return True
-        if now < self._retry_at:
+        if self._retry_at - RETRY_MAX_S <= now < self._retry_at:  # earlier: the clock was set back
             return False
         self._retry_at = now + self._pause_s
         return True
@@ -75,9 +80,16 @@ class Gate:
     Args:
         on_failure: called when the server does not answer.
         may_probe: tells whether the calling thread may ask a server that is away whether it is back.
+        clock: seconds.
     """
 
-    def __init__(self, on_failure: Callable[[], None], may_probe: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        on_failure: Callable[[], None],
+        may_probe: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._breaker, self._lock = Breaker(), threading.Lock()
         self._on_failure, self._may_probe = on_failure, may_probe
 
@@ -92,12 +104,12 @@ class Gate:
         with self._lock:
             if self._breaker.is_open and not self._may_probe():
                 return False
-            return self._breaker.admits(time.monotonic())
+            return self._breaker.admits(self._clock())
 
     def failed(self) -> None:
         """The server did not answer."""
         with self._lock:
-            self._breaker.failed(time.monotonic())
+            self._breaker.failed(self._clock())
         self._on_failure()
 
     def succeeded(self) -> None:
@@ -107,6 +119,25 @@ class Gate:
                 self._breaker.succeeded()
 
 
+class ServerClock:
+    """What the server's clock says, in whole seconds, asked anew every `CLOCK_GOOD_S`. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told: tuple[float, int] = (-math.inf, 0)
+
+    def now(self) -> int | None:
+        """Return the time, or None where it must be asked for."""
+        at, seconds = self._told
+        age = self._clock() - at
+        return seconds + int(age) if 0 <= age < CLOCK_GOOD_S else None
+
+    def told(self, seconds: int) -> int:
+        """Take what the server said just now; return it."""
+        self._told = (self._clock(), seconds)
+        return seconds
+
+
 class Script:
     """A server-side script, known to the server by its digest after the first use."""
 
@@ -114,7 +145,7 @@ class Script:
         self.source = source.encode()
         self.digest = sha1(self.source, usedforsecurity=False).hexdigest().encode()
 
-    def by_digest(self, keys: Sequence[bytes], args: Sequence[bytes | int]) -> tuple[Any, ...]:
+    def by_digest(self, keys: Sequence[bytes], args: Sequence[bytes | int]) -> Command:
         """The command that runs it if the server knows it."""
         return (b"EVALSHA", self.digest, len(keys), *keys, *args)
 
@@ -123,13 +154,13 @@ class Script:
 class _Client:
     """What is used of the client library, imported once a link is made."""
 
-    pool: Any
     errors: Any
-    make: Callable[[], Any]
+    make: Callable[[Node | None], Any]
 
 
 def _load(url: str, timeout_s: float) -> _Client:
     try:
+        import hiredis  # noqa: F401 - what reads and writes, see `redis_wire`
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
@@ -139,15 +170,21 @@ def _load(url: str, timeout_s: float) -> _Client:
         pool = redis.ConnectionPool.from_url(
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0), protocol=2
         )
-        client = _Client(pool, redis.exceptions, lambda: pool.connection_class(**pool.connection_kwargs))
-        client.make()  # connects when it is used: this only shows whether it takes the options
+
+        def make(node: Node | None) -> Any:
+            options = dict(pool.connection_kwargs)
+            if node is not None:
+                options |= {"host": node[0] or options["host"], "port": node[1]}
+            return pool.connection_class(**options)
+
+        make(None)  # connects when it is used: this only shows whether it takes the options
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the registry URL has an option that the client refuses: {error}") from error
-    return client
+    return _Client(redis.exceptions, make)
 
 
 class Link:
-    """Connections to one server with one timeout. Thread-safe.
+    """Connections to one server, or to the nodes of its cluster, with one timeout. Thread-safe.
 
     Args:
         url: as the client library takes it.
@@ -160,7 +197,8 @@ class Link:
         self._shown, self._timeout_s, self._gate = shown, timeout_s, gate
         self._lock = threading.Lock()
         self._client = _load(url, timeout_s)
-        self._idle: list[Any] = []
+        self._idle: dict[Node | None, list[Wire]] = {}
+        self._nodes: dict[bytes, Node] = {}
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._closed = False
 
@@ -168,7 +206,7 @@ class Link:
         """Run one script in one round trip, or two when the server does not know it."""
         command = script.by_digest(keys, args)
         (reply,) = self.send([command])
-        if isinstance(reply, self._client.errors.NoScriptError):
+        if isinstance(reply, ServerError) and str(reply).startswith("NOSCRIPT"):
             (reply,) = self.send([(b"EVAL", script.source, *command[2:])])
         return self.checked(reply)
 
@@ -178,12 +216,14 @@ class Link:
 
     def checked(self, reply: Any) -> Any:
         """Return a reply of `send`, or raise the error that it is."""
-        if isinstance(reply, Exception):
-            raise self._translate(reply) from reply
+        if isinstance(reply, ServerError):
+            raise self._translate(str(reply)) from reply
         return reply
 
-    def send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Send commands in one round trip; errors the server answers with are returned in their place.
+    def send(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands in one round trip, in a cluster one per node; answered errors are returned in their place.
+
+        Where a node of a cluster says that a key has moved, its commands are sent once more, to the node it names.
 
         Raises:
             RegistryUnavailableError: no answer in time, or the breaker is open.
@@ -194,69 +234,98 @@ class Link:
         if not self._slots.acquire(timeout=self._timeout_s):
             raise RegistryUnavailableError(f"{CONNECTIONS_MAX} requests to {self._shown} are waiting already")
         try:
-            return self._exchange(commands)
+            replies = self._by_node(commands) if self._nodes else self._exchange(None, commands)
+            if any(isinstance(reply, ServerError) and reply.moved_to for reply in replies):
+                replies = self._follow(commands, replies)
+            return replies
         finally:
             self._slots.release()
 
-    def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _by_node(self, commands: Sequence[Command]) -> list[Any]:
+        groups: dict[Node | None, list[int]] = {}
+        tag = b""
+        for at, command in enumerate(commands):
+            tag = tag_of(command) or tag  # what is about no key goes where the one before went
+            groups.setdefault(self._nodes.get(tag), []).append(at)
+        replies: list[Any] = [None] * len(commands)
+        for node, numbers in groups.items():
+            answers = self._exchange(node, [commands[at] for at in numbers])
+            for at, answer in zip(numbers, answers, strict=True):
+                replies[at] = answer
+        return replies
+
+    def _follow(self, commands: Sequence[Command], replies: list[Any]) -> list[Any]:
+        """Send what has moved to the nodes that were named, once."""
+        moved = [
+            at for at, reply in enumerate(replies) if isinstance(reply, ServerError) and reply.moved_to is not None
+        ]
+        with self._lock:
+            if len(self._nodes) >= NODES_KNOWN_MAX:
+                self._nodes = {}
+            for at in moved:
+                self._nodes[tag_of(commands[at])] = replies[at].moved_to
+        for at, answer in zip(moved, self._by_node([commands[at] for at in moved]), strict=True):
+            replies[at] = answer
+        return replies
+
+    def _exchange(self, node: Node | None, commands: Sequence[Command]) -> list[Any]:
         errors = self._client.errors
-        connection, used = self._take()
+        wire = self._take(node)
         while True:
             try:
-                replies = self._round_trip(connection, commands)
+                replies = wire.exchange(commands)
                 break
-            except (errors.RedisError, OSError) as error:
-                connection.disconnect()
-                stale = (
-                    used and isinstance(error, errors.ConnectionError) and not isinstance(error, errors.TimeoutError)
-                )
-                if stale:  # the server closed it since it was used last, e.g. because it is a new server
-                    self._drop_idle()
-                    connection, used = self._client.make(), False
+            except WireClosedError as error:
+                wire.close()
+                self._drop_idle()
+                if not wire.fresh:  # since it was used last, e.g. because it is a new server
+                    wire = self._make(node)
                     continue
+                self._away(error)
+            except (errors.RedisError, OSError) as error:
+                wire.close()
                 if isinstance(error, errors.AuthenticationError):
                     raise NamespaceDeniedError(f"the registry at {self._shown} refuses the user: {error}") from error
                 self._drop_idle()
-                self._gate.failed()
-                raise RegistryUnavailableError(f"the registry at {self._shown} does not answer: {error}") from error
+                self._away(error)
             except BaseException:
-                connection.disconnect()  # an answer may still be on its way: nobody may take it for his
+                wire.close()  # an answer may still be on its way: nobody may take it for his
                 raise
         self._gate.succeeded()
         with self._lock:
             if not self._closed:
-                self._idle.append(connection)
+                self._idle.setdefault(node, []).append(wire)
                 return replies
-        connection.disconnect()
+        wire.close()
         return replies
 
-    def _round_trip(self, connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        connection.connect()  # does nothing when it is
-        packed = [chunk for command in commands for chunk in connection.pack_command(*command)]
-        connection.send_packed_command(packed, check_health=False)
-        replies: list[Any] = []
-        for _ in commands:
-            try:
-                replies.append(connection.read_response(disable_decoding=True))
-            except self._client.errors.ResponseError as error:
-                replies.append(error)
-        return replies
-
-    def _take(self) -> tuple[Any, bool]:
+    def _away(self, error: Exception) -> NoReturn:
         with self._lock:
-            if self._idle:
-                return self._idle.pop(), True
-        return self._client.make(), False
+            self._nodes = {}  # the node may have handed its keys to another
+        self._gate.failed()
+        raise RegistryUnavailableError(f"the registry at {self._shown} does not answer: {error}") from error
+
+    def _make(self, node: Node | None) -> Wire:
+        return Wire(self._client.make(node))
+
+    def _take(self, node: Node | None) -> Wire:
+        with self._lock:
+            idle = self._idle.get(node)
+            if idle:
+                wire = idle.pop()
+                wire.fresh = False
+                return wire
+        return self._make(node)
 
     def _drop_idle(self) -> None:
         with self._lock:
-            dropped, self._idle = self._idle, []
-        for connection in dropped:
-            connection.disconnect()
+            dropped, self._idle = self._idle, {}
+        for wires in dropped.values():
+            for wire in wires:
+                wire.close()
 
-    def _translate(self, error: Exception) -> RegistryError:
-        text = str(error)
-        if isinstance(error, self._client.errors.NoPermissionError) or "unauthenticated" in text:
+    def _translate(self, text: str) -> RegistryError:
+        if text.startswith(("NOPERM", "NOAUTH", "WRONGPASS")) or "unauthenticated" in text:
             return NamespaceDeniedError(f"the registry at {self._shown} does not permit it: {text}")
         if "OOM" in text or "maxmemory" in text:
             return RegistryFullError(f"the registry at {self._shown} has no room: {text}")

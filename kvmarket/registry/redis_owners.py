@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import struct
 import threading
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmarket.errors import (
@@ -17,31 +19,31 @@ from kvmarket.errors import (
 )
 from kvmarket.metrics import Metrics
 from kvmarket.registry.host import this_process
-from kvmarket.registry.leases import Lease, Space
-from kvmarket.registry.records import pack_owner
-from kvmarket.registry.redis_batches import batch, batches, with_owner
+from kvmarket.registry.leases import Change, Lease, Space, Stretch
+from kvmarket.registry.records import HEAD_BYTES, pack_owner
+from kvmarket.registry.redis_batches import CHANGES_PER_CALL_MAX, batches, cuts, encode_stretch
 from kvmarket.registry.redis_link import Link, ServerAwayError
 from kvmarket.registry.redis_scripts import (
     ADMIT,
-    ANNOUNCE,
+    CHANGE,
     JOIN,
     PURGE,
     REGION,
     REGISTER,
-    WITHDRAW,
     namespace_key,
     owners_key,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.server_url import ServerUrl
 
-PURGE_ENTRIES = 2000
-"""Entries removed per call, so that fencing never keeps the server from others for long."""
+PURGE_STRETCHES = 500
+"""Stretches removed per call, so that fencing never keeps the server from others for long."""
 DIGEST_BYTES = 32
+_COUNTS = struct.Struct(">HH")
 NUMBER_TRIES = 8
 RENEW_ENTRIES_MAX = 16_384
 """Entries of one namespace renewed per heartbeat."""
@@ -130,54 +132,75 @@ class Owners:
             space = lease.space(digest, epoch)
             if space is None:
                 return False
+            if len(set(keys)) < len(keys):
+                known = dict(zip(keys, values, strict=True))
+                keys, values = list(known), list(known.values())
+            if len(space.homes) + sum(key not in space.homes for key in keys) > self._options.entries_max:
+                raise RegistryFullError(f"an owner may announce {self._options.entries_max} blocks in a namespace")
             if lease.lost:
                 self.start_over(lease)
+            told = 0
             try:
-                if not self._tell(lease, digest, space, keys, values):
-                    self.start_over(lease)
-                    if not self._tell(lease, digest, space, keys, values):
-                        raise LeaseExpiredError(f"owner {owner} loses its lease faster than it announces")
+                for start, end in batches(keys, CHANGES_PER_CALL_MAX):
+                    self._announce_some(lease, digest, space, keys[start:end], values[start:end])
+                    told = end
             except _EpochMovedError:
                 return False
-            except (RegistryFullError, ServerAwayError):
-                raise  # nothing was sent or taken
-            except RegistryError:
-                lease.lost = True  # nobody knows how much of it the server took
+            except RegistryError as error:
+                sure = isinstance(error, (RegistryFullError, ServerAwayError))  # nothing was sent or taken
+                self._take_back(lease, digest, space, keys[:told], sure=sure)
                 raise
-            space.announced(keys, values, self._renew_at())
             return True
 
-    def _tell(self, lease: Lease, digest: bytes, space: Space, keys: Sequence[bytes], values: Sequence[bytes]) -> bool:
-        """Send entries in batches; False when the lease is over."""
+    def _announce_some(
+        self, lease: Lease, digest: bytes, space: Space, keys: Sequence[bytes], values: Sequence[bytes]
+    ) -> None:
+        starts, _ = cuts(keys)
+        new = [Stretch(keys[a:b], values[a:b]) for a, b in pairwise(starts)]
+        change = space.plan(new)
+        if not self._tell(lease, digest, space, change):
+            self.start_over(lease)
+            if not self._tell(lease, digest, space, change):
+                raise LeaseExpiredError(f"owner {lease.info.owner} loses its lease faster than it announces")
+        space.took(change, self._renew_at())
+
+    def _take_back(self, lease: Lease, digest: bytes, space: Space, keys: Sequence[bytes], *, sure: bool) -> None:
+        """End an announcement that failed after `keys`: all or none."""
+        change = space.plan([], keys)
+        try:
+            if keys and sure:
+                sure = self._tell(lease, digest, space, change)
+        except RegistryError:
+            sure = False
+        space.took(change, self._renew_at())
+        lease.lost = lease.lost or not sure  # nobody knows how much of it the server took
+
+    def _tell(self, lease: Lease, digest: bytes, space: Space, change: Change) -> bool:
+        """Tell the server of one change; False when the lease is over."""
         if not space.joined and not self._join(lease, digest, space):
             return False
-        number = lease.number.to_bytes(4, "big")
-        index = namespace_key(digest, b"i", space.epoch, lease.number)
-        for start, end in batches(keys):
-            self._keep_alive()
-            part, records = batch(keys[start:end]), [with_owner(value, number) for value in values[start:end]]
-            prefix = namespace_key(digest, b"r", space.epoch, b"")
-            names = [namespace_key(digest, b"e"), namespace_key(digest, b"l", lease.number), index]
-            names += [prefix + head for head in part.heads]
-            limits: list[bytes | int] = [space.epoch, self._options.entries_max, int(self._options.ttl_s), number]
-            lengths = bytes(map(len, records))
-            sent: list[bytes | int] = [
-                *limits,
-                part.width,
-                part.counts,
-                part.keys,
-                lengths,
-                b"".join(records),
-                lease.body,
-            ]
-            outcome = self._link.run(ANNOUNCE, names, sent)
-            if outcome == -1:
-                return False
-            if outcome == 0:
-                raise _EpochMovedError
-            if outcome != 1:
-                raise RegistryFullError(f"an owner may announce {self._options.entries_max} blocks in a namespace")
-        return True
+        self._keep_alive()
+        number, size = lease.number.to_bytes(4, "big"), HEAD_BYTES
+        gets: dict[bytes, list[bytes | int]] = {}
+        loses: dict[bytes, list[bytes]] = {}
+        for stretch in change.puts:
+            first = stretch.keys[0]
+            gets.setdefault(first[:size], []).extend((first[size:], len(stretch.keys), encode_stretch(stretch, number)))
+        for first in change.drops:
+            loses.setdefault(first[:size], []).append(first[size:])
+        heads = list(gets | loses)
+        prefix = namespace_key(digest, b"r", space.epoch, b"")
+        names = [namespace_key(digest, b"e"), namespace_key(digest, b"l", lease.number)]
+        names += [namespace_key(digest, b"i", space.epoch, lease.number), *[prefix + head for head in heads]]
+        counts = b"".join([_COUNTS.pack(len(gets.get(head, ())) // 3, len(loses.get(head, ()))) for head in heads])
+        sent: list[bytes | int] = [space.epoch, lease.body, int(self._options.ttl_s), number, size, counts]
+        for each in (gets, loses):
+            for head in heads:
+                sent += each.get(head, ())
+        outcome = self._link.run(CHANGE, names, sent)
+        if outcome == 0:
+            raise _EpochMovedError
+        return bool(outcome == 1)
 
     def _join(self, lease: Lease, digest: bytes, space: Space) -> bool:
         """Make the lease known in a namespace, so that one call there can look at both."""
@@ -195,26 +218,34 @@ class Owners:
             return 0
         with lease.lock:
             space = lease.spaces.get(digest)
-            if space is not None:
-                space.withdrawn(keys)
-            try:
-                return sum(self._take_back(lease, digest, epoch, keys[a:b]) for a, b in batches(keys))
-            except RegistryError:
-                lease.lost = True  # what could not be withdrawn goes with the number
-                raise
+            if space is None or space.epoch != epoch:
+                return 0  # nobody finds what was announced in an earlier one
+            removed = 0
+            for start, end in batches(keys, CHANGES_PER_CALL_MAX):
+                change = space.plan([], keys[start:end])
+                removed += change.removed
+                if change.removed:
+                    self._withdraw_some(lease, digest, space, change)
+            return removed
 
-    def _take_back(self, lease: Lease, digest: bytes, epoch: int, keys: Sequence[bytes]) -> int:
-        part, prefix = batch(keys), namespace_key(digest, b"r", epoch, b"")
-        names = [namespace_key(digest, b"i", epoch, lease.number), *(prefix + head for head in part.heads)]
-        number = lease.number.to_bytes(4, "big")
-        return int(self._link.run(WITHDRAW, names, [number, part.width, part.counts, part.keys]))
+    def _withdraw_some(self, lease: Lease, digest: bytes, space: Space, change: Change) -> None:
+        try:
+            if not lease.lost:
+                lease.lost = not self._tell(lease, digest, space, change)
+        except _EpochMovedError:
+            pass
+        except RegistryError:
+            lease.lost = True  # what could not be withdrawn goes with the number
+            raise
+        finally:
+            space.took(change, self._renew_at())
 
     # ---- the life of a lease
 
     def _keep_alive(self) -> None:
         """Renew all leases in the middle of long work; whether one is over already shows at the next heartbeat."""
         now = self._clock()
-        if now - self._kept_alive_at < self._options.lease_s / 3:
+        if 0 <= now - self._kept_alive_at < self._options.lease_s / 3:
             return
         self._kept_alive_at = now
         names = [name for lease in self.all() for name in self._lease_names(lease)]
@@ -256,26 +287,27 @@ class Owners:
             self._tell_region(lease, region_id)
         for digest, space in list(lease.spaces.items()):
             with contextlib.suppress(_EpochMovedError):  # who announces next is told, and forgets what it published
-                if not self._tell_again(lease, digest, space, list(space.entries)):
+                if not self._tell_again(lease, digest, space, list(space.stretches.values())):
                     raise LeaseExpiredError("the lease ran out while everything was announced again")
-                self._metrics.add(blocks_reannounced=len(space.entries))
+                self._metrics.add(blocks_reannounced=len(space.homes))
         lease.lost = False
 
-    def _tell_again(self, lease: Lease, digest: bytes, space: Space, keys: Sequence[bytes]) -> bool:
-        values = [space.entries[key][0] for key in keys]
-        told = self._tell(lease, digest, space, keys, values)
-        if told:
-            space.announced(keys, values, self._renew_at())
-        return told
+    def _tell_again(self, lease: Lease, digest: bytes, space: Space, stretches: Sequence[Stretch]) -> bool:
+        for some in _calls(stretches):
+            change = Change(some, [])
+            if not self._tell(lease, digest, space, change):
+                return False
+            space.took(change, self._renew_at())
+        return True
 
     def _renew_at(self) -> float:
         return self._clock() + self._options.ttl_s / 2
 
     def _renew_entries(self, lease: Lease) -> None:
         for digest, space in list(lease.spaces.items()):
-            if keys := space.due(self._clock(), RENEW_ENTRIES_MAX):
+            if stretches := space.due(self._clock(), RENEW_ENTRIES_MAX):
                 with contextlib.suppress(_EpochMovedError):  # what is left of it goes with `epoch_moved`
-                    lease.lost = not self._tell_again(lease, digest, space, keys)
+                    lease.lost = not self._tell_again(lease, digest, space, stretches)
 
     def epoch_moved(self, digest: bytes, epoch: int) -> None:
         """Drop what was announced before a new epoch: nobody finds it, and the server has the room back."""
@@ -313,8 +345,8 @@ class Owners:
         if lease_too:
             names.append(namespace_key(digest, b"l", number))
         prefix, owner = namespace_key(digest, b"r", epoch, b""), number.to_bytes(4, "big")
-        for _ in range(self._options.entries_max // PURGE_ENTRIES + 2):
-            if not self._link.run(PURGE, names, [prefix, owner, PURGE_ENTRIES]):
+        for _ in range(self._options.entries_max // PURGE_STRETCHES + 2):
+            if not self._link.run(PURGE, names, [prefix, owner, PURGE_STRETCHES, HEAD_BYTES]):
                 return
             self._keep_alive()
 
@@ -328,6 +360,20 @@ class Owners:
         fenced = sum(self.fence(number) for number in dead)
         self._metrics.add(owners_fenced=fenced)
         return fenced
+
+
+def _calls(stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
+    """Cut stretches into calls."""
+    some: list[Stretch] = []
+    blocks = 0
+    for stretch in stretches:
+        if some and blocks + len(stretch.keys) > CHANGES_PER_CALL_MAX:
+            yield some
+            some, blocks = [], 0
+        some.append(stretch)
+        blocks += len(stretch.keys)
+    if some:
+        yield some
 
 
 class _EpochMovedError(RegistryError):

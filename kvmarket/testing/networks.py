@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _CLONE_NEWNET, _CLONE_NEWNS, _MS_REC, _MS_SLAVE, _MNT_DETACH = 0x40000000, 0x00020000, 0x4000, 0x80000, 2
 _COMMAND_S = 10.0
 UP_S = 10.0
+SWITCHED, SWITCHED_DEVICE = "10.77.42", "veth-s"
 
 DEVICES = ("veth-o", "veth-r")
 ADDRESSES = ("10.77.41.1", "10.77.41.2")
@@ -73,6 +74,36 @@ def two_hosts() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
+def switched_hosts(count: int) -> Iterator[tuple[list[str], str]]:
+    """Make namespaces on one switch and yield their names, and the address of this host there.
+
+    Raises:
+        NetworksUnavailableError: this machine does not allow it.
+    """
+    names = [f"kvm{os.getpid()}s{number}" for number in range(count)]
+    switch, made = f"kvmsw{os.getpid()}", []
+    try:
+        ip("link", "add", switch, "type", "bridge")
+        made.append(("link", "del", switch))
+        ip("addr", "add", f"{SWITCHED}.254/24", "dev", switch)
+        ip("link", "set", switch, "up")
+        for number, name in enumerate(names):
+            ip("netns", "add", name)
+            made.append(("netns", "del", name))
+            port = f"kvm{os.getpid()}p{number}"
+            ip("link", "add", SWITCHED_DEVICE, "netns", name, "type", "veth", "peer", "name", port)
+            ip("link", "set", port, "master", switch, "up")
+            ip("-n", name, "addr", "add", f"{SWITCHED}.{number + 1}/24", "dev", SWITCHED_DEVICE)
+            ip("-n", name, "link", "set", SWITCHED_DEVICE, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        wait_until_up(names, [SWITCHED_DEVICE] * count)
+        yield names, f"{SWITCHED}.254"
+    finally:
+        for command in reversed(made):
+            ip(*command)
+
+
+@contextmanager
 def hosts_or_skip() -> Iterator[tuple[str, str]]:
     """`two_hosts` for a fixture: its tests are skipped, with the reason, where the machine does not allow it."""
     import pytest
@@ -84,10 +115,10 @@ def hosts_or_skip() -> Iterator[tuple[str, str]]:
         pytest.skip(str(error))
 
 
-def wait_until_up(names: tuple[str, str]) -> None:
+def wait_until_up(names: Sequence[str], devices: Sequence[str] = DEVICES) -> None:
     """Wait until the wire carries packets: the kernel activates it up to a second after its ends were set up."""
     limit = time.monotonic() + UP_S
-    for name, device in zip(names, DEVICES, strict=True):
+    for name, device in zip(names, devices, strict=True):
         while "state UP" not in (state := ip("-n", name, "link", "show", device)):
             if time.monotonic() > limit:
                 raise NetworksUnavailableError(f"{device} does not come up: {state}")

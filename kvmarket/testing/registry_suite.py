@@ -247,6 +247,39 @@ class RegistryConformance(ABC):
             registry.release_owner(numbers[-1])
         assert len(set(numbers)) == 5
 
+    def test_a_stale_record_is_removed_and_no_other(self, registry: Registry, namespace: bytes) -> None:
+        first, second, keys = self.new_owner(registry), self.new_owner(registry), chain(1, 40)
+        assert announce(registry, namespace, first, keys)
+        assert announce(registry, namespace, second, keys[:20], generation=4)
+        found = registry.lookup(namespace, keys)
+
+        def of_first(block: int) -> Any:
+            return found.records[(found.records["block"] == block) & (found.records["owner"] == first)]
+
+        before = rows(found)
+        assert registry.discard(namespace, found.keys, of_first(7)) == 1
+        assert registry.discard(namespace, found.keys, of_first(7)) == 0, "it was gone already"
+        assert rows(registry.lookup(namespace, keys)) == [row for row in before if row != (7, first, 7, 2)]
+        assert announce(registry, namespace, first, keys[9:10], first_page=9, generation=6)
+        assert registry.discard(namespace, found.keys, of_first(9)) == 0, "announced anew meanwhile"
+        assert (9, first, 9, 6) in rows(registry.lookup(namespace, keys))
+        assert registry.discard(namespace, found.keys, of_first(33)) == 1
+        assert registry.lookup(namespace, keys).blocks == 33
+        assert registry.discard(os.urandom(32), found.keys, of_first(20)) == 0
+
+    def test_stale_records_of_a_look_up_from_inside_a_run(self, registry: Registry, namespace: bytes) -> None:
+        owner, keys = self.new_owner(registry), chain(1, 40)
+        assert announce(registry, namespace, owner, keys)
+        found = registry.lookup(namespace, keys[5:])
+        assert registry.discard(namespace, found.keys, found.records[[0, 4, 5, 34]]) == 4
+        assert registry.lookup(namespace, keys).blocks == 5
+        assert rows(registry.lookup(namespace, keys[6:])) == [(block, owner, block + 6, 2) for block in range(3)]
+        assert registry.lookup(namespace, keys[11:]).blocks == 28
+        registry.withdraw(namespace, owner, keys[20:])
+        assert registry.lookup(namespace, keys[11:]).blocks == 9
+        assert announce(registry, namespace, owner, keys, generation=8)
+        assert registry.lookup(namespace, keys).blocks == 40
+
     # ---- regions and owners
 
     def test_regions_are_found_by_owner_and_number(self, registry: Registry) -> None:

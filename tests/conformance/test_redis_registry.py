@@ -1,4 +1,7 @@
-"""The registry suite against a real server, and against one that checks the slots of a cluster."""
+"""The registry suite against a real server, against one that checks the slots of a cluster, and against three nodes."""
+
+import contextlib
+import time
 
 import pytest
 
@@ -31,12 +34,30 @@ def cluster(tmp_path_factory):
 
 
 def wait_for_cluster(registry):
-    import time
-
     end = time.monotonic() + 20
     while b"cluster_state:ok" not in registry._writes.call(b"CLUSTER", b"INFO"):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """A cluster of three nodes, each of which serves a third of the slots."""
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(RedisServer(tmp_path_factory.mktemp("node"), ["--cluster-enabled", "yes"]))
+            for _ in range(3)
+        ]
+        registries = [RedisRegistry(server.url) for server in servers]
+        for number, registry in enumerate(registries):
+            first, last = 16384 * number // 3, 16384 * (number + 1) // 3 - 1
+            registry._writes.call(b"CLUSTER", b"ADDSLOTSRANGE", first, last)
+            for other in servers:
+                registry._writes.call(b"CLUSTER", b"MEET", b"127.0.0.1", other.port)
+        for registry in registries:
+            wait_for_cluster(registry)
+            registry.close()
+        yield servers
 
 
 class RedisConformance(RegistryConformance):
@@ -61,3 +82,28 @@ class TestClusterNode(RedisConformance):
     @pytest.fixture(autouse=True)
     def where(self, cluster):
         self.url = f"{cluster.url}?lease_s={LEASE_S}&timeout_s=2"
+
+
+class TestThreeNodes(RedisConformance):
+    """Namespaces and owners are on different nodes: which one it is, the first one that is asked says."""
+
+    @pytest.fixture(autouse=True)
+    def where(self, nodes):
+        self.servers = nodes
+        self.url = f"{nodes[0].url}?lease_s={LEASE_S}&timeout_s=2"
+
+    def make_registry(self):
+        for server in self.servers:
+            registry = RedisRegistry(server.url)
+            registry._writes.call(b"FLUSHALL")
+            registry.close()
+        return RedisRegistry(self.url)
+
+    def test_all_three_are_used(self, registry):
+        for number in range(24):
+            registry.open_namespace(bytes([number]) * 32, {})
+        sizes = []
+        for server in self.servers:
+            with contextlib.closing(RedisRegistry(server.url)) as node:
+                sizes.append(node._writes.call(b"DBSIZE"))
+        assert min(sizes) > 0, sizes

@@ -1,10 +1,13 @@
 """What peers do in these tests: each function runs in another process, with that process's `state` first."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -48,6 +51,44 @@ def fetch(state, seed, blocks) -> tuple[FetchReport, bool]:
 
 def bump_epoch(state):
     return state.loop.run_until_complete(state.market.bump_epoch())
+
+
+def _found(state, seed, blocks):
+    market = state.market
+    keys = market._keys(sample_tokens(seed, blocks), None)
+    return keys, market.core.registry.lookup(market.namespace.digest, keys)
+
+
+def found_blocks(state, seed, blocks):
+    """How many blocks the registry has."""
+    return _found(state, seed, blocks)[1].blocks
+
+
+def announce_stale(state, seed, blocks):
+    """Announce this process's blocks once more, in generations that they never had."""
+    keys, found = _found(state, seed, blocks)
+    records = found.records.copy()
+    records["generation"] += 100
+    return state.market.core.registry.announce(state.market.namespace.digest, found.epoch, keys, records)
+
+
+def jump_clock(state, seconds):
+    """Let the clock that this process's leases go by jump."""
+    registry = state.market.core.registry
+    before = registry._clock
+    registry._clock = lambda: before() + seconds
+
+
+def open_handles(state):
+    """What this process has open: shared memory and sockets, by kind."""
+    found = Counter()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            target = os.readlink(entry)  # noqa: PTH115 - a magic link: text, not a path
+            kind = target.partition(":[")[0].split(" ")[0]
+            if kind == "socket" or "kvmarket" in kind:
+                found[kind] += 1
+    return found
 
 
 def stop_while_holding_the_write_lock(state, directory):

@@ -15,6 +15,7 @@ import market_jobs as jobs
 from kvmarket import MarketConfig
 from kvmarket.errors import NamespaceDeniedError, RegistryUnavailableError
 from kvmarket.registry.redis import RedisRegistry
+from kvmarket.registry.redis_search import STRETCHES_ALL_INSIDE
 from kvmarket.report import MissReason
 from kvmarket.testing.redis_server import WHERE_FROM, RedisServer, find_server
 from kvmarket.testing.sample_records import announce, chain, rows
@@ -244,9 +245,45 @@ def test_entries_live_as_long_as_they_are_renewed(opened):
         assert reader.lookup(digest, keys).blocks == 50
         time.sleep(0.1)
     lease = registry._owners.find(owner)
-    lease.spaces[digest].entries.clear()  # now nobody renews them
+    lease.spaces[digest].stretches.clear()  # now nobody renews them
     until(lambda: reader.lookup(digest, keys).blocks == 0, "the end of the entries")
     registry.release_owner(owner)
+
+
+def test_a_crowded_run_is_searched_on_the_server(opened):
+    """Many prompts that share their first blocks: each has a stretch of its own from where it differs."""
+    registry, reader, digest = opened(lease_s=60), opened(), os.urandom(32)
+    registry.open_namespace(digest, {})
+    owner = registry.register_owner(os.urandom(16)).owner
+    shared, branches = 9, [chain(seed, 24, common=9) for seed in range(STRETCHES_ALL_INSIDE + 20)]
+    announce(registry, digest, owner, branches[0])
+    for number, keys in enumerate(branches[1:], 1):
+        announce(registry, digest, owner, keys[shared:], first_page=100 * number)
+    for number in (0, 1, 300, len(branches) - 1):
+        expected = [(b, owner, b if b < shared or not number else 100 * number + b - shared, 2) for b in range(24)]
+        assert rows(reader.lookup(digest, branches[number])) == expected
+        inside = reader.lookup(digest, branches[number][shared:])
+        assert [row[2] for row in rows(inside)] == [row[2] for row in expected[shared:]] * (number > 0)
+    assert reader._runs.crowded
+    found = reader.lookup(digest, branches[5])
+    assert reader.discard(digest, found.keys, found.records[[3, 20]]) == 2
+    assert reader.lookup(digest, branches[5]).blocks == 3
+    assert registry.withdraw(digest, owner, branches[5][shared:]) == 24 - shared
+    registry.release_owner(owner)
+    assert keys_left(registry) == set()
+
+
+@pytest.mark.parametrize("kind", ["redis", "lmdb"])
+def test_records_that_their_owner_refuses_are_removed(peers, config, kind):
+    if kind == "lmdb":
+        config = replace(config, registry="lmdb")
+    owner, reader = market(peers, config), market(peers, config)
+    owner.call(jobs.publish, 1, BLOCKS)
+    owner.call(jobs.publish, 2, BLOCKS)
+    assert owner.call(jobs.announce_stale, 1, BLOCKS)
+    assert fetched(reader, 1).reason is MissReason.STALE_GENERATION
+    until(lambda: owner.call(jobs.found_blocks, 1, BLOCKS) == 0, "the end of stale records")
+    assert fetched(reader, 2).blocks_adopted == BLOCKS
 
 
 def test_an_owner_may_not_fill_the_server(opened):

@@ -1,11 +1,11 @@
 """A registry server and a bad network without I/O: what the scripts do, on dictionaries, under a clock of its own."""
 
+import struct
 from collections import defaultdict
 
 from kvmarket.errors import RegistryUnavailableError
 from kvmarket.registry import redis_scripts as scripts
-
-FIELD_FROM = 8
+from kvmarket.registry.records import HEAD_BYTES
 
 
 class ModelServer:
@@ -93,54 +93,65 @@ class ModelServer:
         self.hashes[keys[1]][args[0]] = args[1]
         return 1
 
-    def run_announce(self, keys, args):
-        epoch, most, ttl, owner, width, counts, fields, lengths, records, body = args
+    def run_change(self, keys, args):
+        epoch, body, ttl, owner, head, counts, *rest = args
         if self.values.get(keys[0], 0) != epoch:
             return 0
         if self.get(keys[1]) != body:
             return -1
-        names = self._fields(keys[3:], width, counts, fields)
-        if len(self.sets[keys[2]]) + len(names) > most:
-            return -2
-        for number, (run, key) in enumerate(names):
-            record = records[number * lengths[0] : (number + 1) * lengths[0]]
-            self.hashes[run].setdefault(key[FIELD_FROM:], {})[owner] = (self.now + ttl, record)
-            self.sets[keys[2]].add(key)
+        index, rest = self.hashes[keys[2]], iter(rest)
+        sizes = [struct.unpack(">HH", counts[at : at + 4]) for at in range(0, len(counts), 4)]
+        for run, (gets, _) in zip(keys[3:], sizes, strict=True):
+            for _ in range(gets):
+                field, blocks, stretch = next(rest), next(rest), next(rest)
+                self.hashes[run].setdefault(field, {})[owner] = (self.now + ttl, stretch)
+                index[run[-head:] + field] = blocks
+        for run, (_, loses) in zip(keys[3:], sizes, strict=True):
+            for _ in range(loses):
+                field = next(rest)
+                self.hashes[run].get(field, {}).pop(owner, None)
+                index.pop(run[-head:] + field, None)
         return 1
-
-    def run_withdraw(self, keys, args):
-        owner, width, counts, fields = args
-        names = self._fields(keys[1:], width, counts, fields)
-        self.sets[keys[0]] -= {key for _, key in names}
-        return sum(self.hashes[run].get(key[FIELD_FROM:], {}).pop(owner, None) is not None for run, key in names)
 
     def run_purge(self, keys, args):
         for key in keys[1:]:
             self.delete(key)
-        for _ in range(min(args[2], len(self.sets[keys[0]]))):
-            key = self.sets[keys[0]].pop()
-            self.hashes[args[0] + key[:FIELD_FROM]].get(key[FIELD_FROM:], {}).pop(args[1], None)
-        return len(self.sets[keys[0]])
+        index = self.hashes[keys[0]]
+        for member in list(index)[: args[2]]:
+            del index[member]
+            self.hashes[args[0] + member[: args[3]]].get(member[args[3] :], {}).pop(args[1], None)
+        return len(index)
 
     def run_bump(self, keys, _args):
         self.values[keys[0]] = max(self.values.get(keys[0], 0) + 1, int(self.now * 1e6))
         return self.values[keys[0]]
 
-    @staticmethod
-    def _fields(runs, width, counts, fields):
-        sizes = [int.from_bytes(counts[at : at + 2], "big") for at in range(0, len(counts), 2)]
-        owners = [run for run, size in zip(runs, sizes, strict=True) for _ in range(size)]
-        return [(run, fields[at * width : (at + 1) * width]) for at, run in enumerate(owners)]
-
     def lookup(self, digest, key):
-        """Owner number -> record of one block, as the look-up script answers."""
+        """Owner number -> record of one block, as a look-up finds it."""
         epoch = self.values.get(scripts.namespace_key(digest, b"e"), 0)
-        held = self.hashes[scripts.namespace_key(digest, b"r", epoch, key[:FIELD_FROM])].get(key[FIELD_FROM:], {})
-        found = {int.from_bytes(owner, "big"): record for owner, (until, record) in held.items() if until > self.now}
-        return {n: r for n, r in found.items() if self.get(scripts.namespace_key(digest, b"l", n)) is not None}
+        found = {}
+        for field, held in self.hashes[scripts.namespace_key(digest, b"r", epoch, key[:HEAD_BYTES])].items():
+            for owner, (until, stretch) in held.items():
+                number, record = int.from_bytes(owner, "big"), block_of(field, stretch, key[HEAD_BYTES:])
+                alive = self.get(scripts.namespace_key(digest, b"l", number)) is not None
+                if record is not None and until > self.now and alive:
+                    found[number] = record
+        return found
 
 
-NAMES = ("REGISTER", "JOIN", "ADMIT", "REGION", "ANNOUNCE", "WITHDRAW", "PURGE", "BUMP")
+def block_of(field, stretch, asked):
+    """The record of one block (index | hash) of a stretch that is kept under `field`, or None."""
+    blocks, _, size = scripts.STRETCH_HEAD.unpack_from(stretch)
+    width, at = len(field) - 4, int.from_bytes(asked[:4], "big") - int.from_bytes(field[:4], "big")
+    if not 0 <= at < blocks:
+        return None
+    hashes = field[4:] + stretch[scripts.STRETCH_HEAD.size :]
+    if hashes[at * width : (at + 1) * width] != asked[4:]:
+        return None
+    return stretch[len(stretch) - (blocks - at) * size :][:size]
+
+
+NAMES = ("REGISTER", "JOIN", "ADMIT", "REGION", "CHANGE", "PURGE", "BUMP")
 
 
 class BadLink:

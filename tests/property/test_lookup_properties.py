@@ -1,4 +1,6 @@
-"""The registry file against the reference: prefixes that fork, several owners of a block, prefixes that end."""
+"""The registry file and the server against the reference: prefixes that fork and end, several owners of a block."""
+
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from kvmarket.registry import block_keys
 from kvmarket.registry.lmdb import LmdbRegistry
 from kvmarket.registry.memory import MemoryRegistry
 from kvmarket.registry.records import RUN_BLOCKS, make_records
+from kvmarket.registry.redis import RedisRegistry
+from kvmarket.testing.redis_server import WHERE_FROM, RedisServer, find_server
 
 DIGEST = bytes(32)
 LENGTH = 3 * RUN_BLOCKS
@@ -22,8 +26,11 @@ def chain(fork, tail):
 
 
 announcements = st.lists(
-    st.tuples(st.integers(0, 2), st.tuples(positions, st.integers(0, 2)), positions, positions), min_size=1, max_size=8
+    st.tuples(st.integers(0, 2), st.tuples(positions, st.integers(0, 2)), positions, positions, st.booleans()),
+    min_size=1,
+    max_size=8,
 )
+questions = st.tuples(st.integers(0, 7), positions, positions)
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +38,57 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("registries")
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    pytest.importorskip("redis", reason="the extra 'redis' is not installed")
+    if find_server() is None:
+        pytest.skip(WHERE_FROM)
+    with RedisServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def answer(registry, digest, announced, asked):
+    """What a registry finds after some owners announced, and withdrew, parts of some prefixes."""
+    epoch = registry.open_namespace(digest, {})
+    owners = [registry.register_owner(bytes([i]) * 16).owner for i in range(3)]
+    for number, (who, shape, start, end, back) in enumerate(announced):
+        keys = block_keys(chain(*shape))[start:end]
+        if back and number:
+            registry.withdraw(digest, owners[who], keys)
+            continue
+        pages = np.arange(len(keys)) + 1000 * number
+        records = make_records(owners[who], 0, pages, np.full(len(keys), 2, np.uint64))
+        assert registry.announce(digest, epoch, keys, records)
+    which, first, last = asked
+    shape = announced[which % len(announced)][1]
+    found = registry.lookup(digest, block_keys(chain(*shape))[first:last])
+    rows = sorted((int(r["block"]), owners.index(int(r["owner"])), int(r["page"])) for r in found.records)
+    for owner in owners:
+        registry.release_owner(owner)
+    return found.blocks, rows, found.first_missing
+
+
 @settings(max_examples=60, deadline=None)
-@given(announced=announcements, asked=st.tuples(st.integers(0, 7), positions, positions))
-def test_both_registries_find_the_same(directory, announced, asked):
-    path = directory / str(len(list(directory.iterdir())))
-    registries = [LmdbRegistry(path, map_bytes=16 << 20), MemoryRegistry()]
-    answers = []
-    for registry in registries:
-        epoch = registry.open_namespace(DIGEST, {})
-        owners = [registry.register_owner(bytes([i]) * 16).owner for i in range(3)]
-        for number, (who, shape, start, end) in enumerate(announced):
-            keys = block_keys(chain(*shape))[start:end]
-            pages = np.arange(len(keys)) + 1000 * number
-            records = make_records(owners[who], 0, pages, np.full(len(keys), 2, np.uint64))
-            assert registry.announce(DIGEST, epoch, keys, records)
-        which, first, last = asked
-        shape = announced[which % len(announced)][1]
-        found = registry.lookup(DIGEST, block_keys(chain(*shape))[first:last])
-        rows = sorted((int(r["block"]), owners.index(int(r["owner"])), int(r["page"])) for r in found.records)
-        answers.append((found.blocks, rows, found.first_missing))
-        for owner in owners:
-            registry.release_owner(owner)
-        registry.close()
-    assert answers[0] == answers[1]
+@given(announced=announcements, asked=questions)
+def test_the_file_finds_what_the_reference_finds(directory, announced, asked):
+    registry = LmdbRegistry(directory / str(len(list(directory.iterdir()))), map_bytes=16 << 20)
+    found = answer(registry, DIGEST, announced, asked)
+    registry.close()
+    assert found == answer(MemoryRegistry(), DIGEST, announced, asked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(announced=announcements, asked=questions)
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_server_finds_what_the_reference_finds(server, announced, asked, plain):
+    registry, digest = RedisRegistry(f"{server.url}?timeout_s=5&lease_s=60"), os.urandom(32)
+    if not plain:
+        registry._runs._read = lambda *_: None  # what a crowded run leads to
+    found = answer(registry, digest, announced, asked)
+    left = registry._writes.call(b"KEYS", b"kvm:{%b}:[ri]*" % digest.hex().encode())
+    registry.close()
+    assert left == []
+    assert found == answer(MemoryRegistry(), DIGEST, announced, asked)
 
 
 def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):

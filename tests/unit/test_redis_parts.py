@@ -10,11 +10,21 @@ import pytest
 from kvmarket.config import MarketConfig
 from kvmarket.errors import ConfigError, RegistryProtocolError, RegistryUnavailableError
 from kvmarket.identity import OwnerInfo
-from kvmarket.registry.leases import Lease
+from kvmarket.registry.leases import Lease, Stretch
 from kvmarket.registry.records import RECORD_BYTES, encode_records, make_records
-from kvmarket.registry.redis_batches import FIELDS_PER_RUN_MAX, batch, decode, with_owner
+from kvmarket.registry.redis_batches import (
+    STRETCH_BLOCKS_MAX,
+    asked,
+    batches,
+    cuts,
+    decode,
+    encode_stretch,
+    select,
+)
 from kvmarket.registry.redis_keeper import Keeper
-from kvmarket.registry.redis_link import RETRY_MAX_S, RETRY_MIN_S, Breaker
+from kvmarket.registry.redis_link import CLOCK_GOOD_S, RETRY_MAX_S, RETRY_MIN_S, Breaker, ServerClock
+from kvmarket.registry.redis_scripts import SEGMENT, STRETCH_HEAD
+from kvmarket.registry.redis_wire import ServerError, Wire, WireClosedError, WireGarbledError, tag_of
 from kvmarket.server_url import parse_url, without_secrets
 from kvmarket.testing.sample_records import chain
 
@@ -132,41 +142,148 @@ def test_an_option_the_client_does_not_know_is_named():
 
 def test_keys_are_grouped_by_run():
     keys = chain(1, 70)[5:]
-    part = batch(keys)
+    part = asked(keys)
     assert part.heads == [keys[0][:8], keys[27][:8], keys[59][:8]]
-    assert np.frombuffer(part.counts, ">u2").tolist() == [27, 32, 6]
-    assert (part.keys, part.width) == (b"".join(keys), len(keys[0]))
+    assert part.runs == [(5, 27), (32, 32), (64, 6)]
+    assert (part.hashes, part.width) == (b"".join(key[12:] for key in keys), 32)
+    assert cuts(keys)[0] == [0, 27, 59, 65]
 
 
-def test_a_run_with_very_many_keys_is_cut():
-    keys = [bytes(12) + number.to_bytes(32, "big") for number in range(FIELDS_PER_RUN_MAX * 2 + 1)]
-    part = batch(keys)
-    assert np.frombuffer(part.counts, ">u2").tolist() == [FIELDS_PER_RUN_MAX, FIELDS_PER_RUN_MAX, 1]
+def test_keys_that_do_not_follow_each_other_are_cut():
+    keys = chain(1, 10)
+    assert cuts(keys[:3] + keys[4:5] + chain(2, 10)[5:7])[0] == [0, 3, 4, 6]
+    assert asked(keys[:3] + keys[4:5]).runs == [(0, 3), (4, 1)]
+    long = [bytes(8) + number.to_bytes(4, "big") + bytes(32) for number in range(STRETCH_BLOCKS_MAX * 2 + 1)]
+    assert cuts(long)[0] == [0, STRETCH_BLOCKS_MAX, 2 * STRETCH_BLOCKS_MAX, len(long)]
 
 
-def test_keys_of_two_lengths_are_refused():
+@pytest.mark.parametrize("group", [asked, cuts])
+def test_keys_of_two_lengths_are_refused(group):
     with pytest.raises(RegistryProtocolError, match="equally long"):
-        batch([bytes(44), bytes(20)])
+        group([bytes(44), bytes(20)])
 
 
-def segment(expires, record):
-    return bytes([len(record)]) + expires.to_bytes(4, "big") + record
+def test_calls_begin_where_runs_do():
+    keys = chain(1, 200)[7:]
+    assert list(batches(keys, 64)) == [(0, 57), (57, 121), (121, 185), (185, 193)]
+    assert list(batches(keys[:64], 64)) == [(0, 64)]
+    assert list(batches(keys[:5], 2)) == [(0, 1), (1, 3), (3, 5)]
 
 
-def test_expired_and_foreign_segments_are_left_out():
-    records = encode_records(make_records(7, 1, np.arange(3), np.full(3, 2, np.uint64)))
-    plain = b"".join(segment(100, record) for record in records)
-    assert decode(3, 99, plain, b"")["page"].tolist() == [0, 1, 2]
-    assert len(decode(3, 100, plain, b"")) == 0
-    mixed = [segment(100, records[0]), segment(50, records[1]) + segment(100, with_owner(records[1], b"\0\0\0\x09"))]
-    mixed.append(segment(100, b"\x91\x02"))  # another major version
-    found = decode(3, 60, b"".join(mixed), b",".join(b"%d" % len(each) for each in mixed))
-    assert list(zip(found["block"], found["owner"], strict=True)) == [(0, 7), (1, 9)]
-    strange = segment(100, bytes(RECORD_BYTES))
-    assert len(decode(1, 60, strange, b"")) == 0
+def segment(expires, stretch, owner=b"\0\0\0\x07"):
+    return SEGMENT.pack(SEGMENT.size + len(stretch), owner, expires) + stretch
+
+
+def stretch_of(keys, owner=b"\0\0\0\x07"):
+    records = encode_records(make_records(7, 1, np.arange(len(keys)), np.full(len(keys), 2, np.uint64)))
+    return encode_stretch(Stretch(keys, records), owner)
+
+
+def test_what_a_run_has_is_cut_to_what_is_asked_for():
+    keys = chain(1, 20)
+    other = [*keys[:10], *chain(2, 20)[10:]]
+    nine = b"\0\0\0\x09"
+    fields = [keys[3][8:], segment(100, stretch_of(keys[3:])) + segment(100, stretch_of(other[3:], nine), nine)]
+    fields += [keys[12][8:], segment(50, stretch_of(keys[12:13])), chain(2, 20)[4][8:], segment(100, stretch_of(keys))]
+    part = asked(keys[5:15])
+    places, segments, owners = select(part, [fields], 60)
+    assert owners == {b"\0\0\0\x07", nine}
+    found = decode(part, places, segments)
+    mine = found[found["owner"] == 7]
+    assert (mine["block"].tolist(), mine["page"].tolist()) == (list(range(10)), list(range(2, 12)))
+    assert found[found["owner"] == 9]["block"].tolist() == [0, 1, 2, 3, 4], "up to where it is another prefix"
+    assert (np.diff(found["block"]) >= 0).all()
+
+
+def test_records_of_other_versions_are_left_out():
+    keys = chain(1, 3)
+    strange = encode_stretch(Stretch(keys, [bytes(RECORD_BYTES)] * 3), b"\0\0\0\0")
+    assert len(decode(asked(keys), [0], [segment(100, strange)])) == 0
+    short = (
+        STRETCH_HEAD.pack(3, 0, 2) + b"".join(key[12:] for key in keys[1:]) + b"\x91\x02" * 3
+    )  # another major version
+    both = decode(asked(keys), [0, 0], [segment(100, short), segment(100, stretch_of(keys[:2]))])
+    assert both["block"].tolist() == [0, 1]
+
+
+def test_skipped_blocks_are_holes():
+    keys = chain(1, 5)
+    whole = stretch_of(keys)
+    records = whole[STRETCH_HEAD.size + 4 * 32 :]
+    part = (
+        STRETCH_HEAD.pack(5, 3, RECORD_BYTES) + whole[STRETCH_HEAD.size : -len(records)] + records[3 * RECORD_BYTES :]
+    )
+    found = decode(asked(keys), [0], [segment(100, part)])
+    assert list(zip(found["block"], found["page"], strict=True)) == [(3, 3), (4, 4)]
+
+
+# ---- the wire
+
+
+class Plugged:
+    """What `Wire` uses of the client library's connection, on one end of a socket pair."""
+
+    def __init__(self, end):
+        self._sock = end
+
+    def connect(self):
+        self._sock.settimeout(5)
+
+    def disconnect(self):
+        self._sock.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (b"+OK\r\n-ERR bad\r\n", ["OK", "ERR bad"]),
+        (b"HTTP/1.1 400 Bad Request\r\n", WireGarbledError),
+        (b"+OK\r\n", WireClosedError),
+        (b"", WireClosedError),
+    ],
+)
+def test_answers_of_a_wire(sent, expected):
+    pytest.importorskip("hiredis", reason="the extra 'redis' is not installed")
+    here, there = socket.socketpair()
+    wire = Wire(Plugged(here))
+    there.sendall(sent)
+    there.shutdown(socket.SHUT_WR)
+    if isinstance(expected, list):
+        first, second = wire.exchange([(b"PING",), (b"GET", 1)])
+        assert [first.decode(), str(second)] == expected
+        assert isinstance(second, ServerError)
+    else:
+        with pytest.raises(expected):
+            wire.exchange([(b"PING",), (b"PING",)])
+    wire.close()
+    wire.close()
+    there.close()
+
+
+def test_what_a_command_is_about_and_where_it_moved():
+    assert tag_of((b"GET", b"kvm:{ab}:e")) == b"ab"
+    assert tag_of((b"EVALSHA", b"digest", 2, b"kvm:{cd}:e", b"x")) == b"cd"
+    assert tag_of((b"TIME",)) == b""
+    assert ServerError("MOVED 3999 127.0.0.1:6381").moved_to == ("127.0.0.1", 6381)
+    assert ServerError("MOVED 3999 :6381").moved_to == ("", 6381)
+    assert ServerError("ERR moved").moved_to is None
+
+
+def test_the_servers_clock_is_asked_for_now_and_then():
+    now = [5.0]
+    clock = ServerClock(lambda: now[0])
+    assert clock.now() is None
+    assert clock.told(100) == clock.now() == 100
+    for jump in (CLOCK_GOOD_S, -1.0):
+        now[0] = 5.0 + jump
+        assert clock.now() is None
 
 
 # ---- leases
+
+
+KEYS = chain(3, 8)
+VALUES = [b"%d" % number for number in range(8)]
 
 
 def lease():
@@ -177,7 +294,7 @@ def test_starting_over_keeps_entries_and_owes_the_old_number():
     mine, digest = lease(), bytes(32)
     space = mine.space(digest, 3)
     space.joined = True
-    space.announced([b"a", b"b"], [b"1", b"2"], 10.0)
+    space.took(space.plan([Stretch(KEYS[:2], VALUES[:2])]), 10.0)
     mine.answered([b"me", b"me"])
     assert not mine.lost
     for other in (None, b"somebody"):
@@ -187,24 +304,50 @@ def test_starting_over_keeps_entries_and_owes_the_old_number():
     mine.begin(9)
     assert (mine.number, mine.old, mine.info.owner, mine.lost) == (9, [5], 5, False)
     assert not mine.spaces[digest].joined
-    assert list(mine.spaces[digest].entries) == [b"a", b"b"]
+    assert list(mine.spaces[digest].stretches) == KEYS[:1]
 
 
 def test_a_later_epoch_begins_anew_and_an_earlier_one_is_over():
     mine, digest = lease(), bytes(32)
-    mine.space(digest, 3).announced([b"a"], [b"1"], 10.0)
+    space = mine.space(digest, 3)
+    space.took(space.plan([Stretch(KEYS[:1], VALUES[:1])]), 10.0)
     assert mine.space(digest, 2) is None
-    assert mine.space(digest, 3).entries
-    assert not mine.space(digest, 4).entries
+    assert mine.space(digest, 3).homes
+    assert not mine.space(digest, 4).homes
     assert mine.space(digest, 3) is None
+
+
+def told(space):
+    """What a server holds that was told of every change: key -> value."""
+    assert space.homes == {key: each for each in space.stretches.values() for key in each.keys}
+    assert all(first == each.keys[0] for first, each in space.stretches.items())
+    return {k: v for each in space.stretches.values() for k, v in zip(each.keys, each.values, strict=True)}
+
+
+def test_a_change_cuts_the_stretches_it_touches():
+    space = lease().space(bytes(32), 1)
+    space.took(space.plan([Stretch(KEYS, VALUES)]), 10.0)
+    change = space.plan([], [KEYS[0], KEYS[4], b"x"])
+    assert ([list(put.keys) for put in change.puts], change.drops) == ([KEYS[1:4], KEYS[5:]], [KEYS[0]])
+    assert change.removed == 2
+    space.took(change, 10.0)
+    change = space.plan([Stretch(KEYS[3:6], [b"new"] * 3)])
+    assert [list(put.keys) for put in change.puts] == [KEYS[1:3], KEYS[6:], KEYS[3:6]]
+    assert change.drops == [KEYS[5]]
+    space.took(change, 10.0)
+    expected = dict(zip(KEYS, VALUES, strict=True)) | dict.fromkeys(KEYS[3:6], b"new")
+    assert told(space) == {key: value for key, value in expected.items() if key != KEYS[0]}
+    space.took(space.plan([], KEYS), 10.0)
+    assert told(space) == {}
 
 
 def test_the_oldest_entries_are_renewed_first():
     space = lease().space(bytes(32), 1)
-    space.announced([b"a", b"b", b"c"], [b"1", b"2", b"3"], 10.0)
-    space.announced([b"a"], [b"4"], 20.0)
-    space.withdrawn([b"b", b"x"])
+    parts = [Stretch(KEYS[at : at + 2], VALUES[at : at + 2]) for at in (0, 2, 4)]
+    space.took(space.plan(parts), 10.0)
+    space.took(space.plan([parts[0]]), 20.0)
+    space.took(space.plan([], KEYS[2:4]), 10.0)
     assert space.due(9.0, 10) == []
-    assert space.due(10.0, 10) == [b"c"]
-    assert space.due(20.0, 10) == [b"c", b"a"]
-    assert space.due(20.0, 1) == [b"c"]
+    assert [each.keys for each in space.due(10.0, 10)] == [parts[2].keys]
+    assert [each.keys for each in space.due(20.0, 10)] == [parts[2].keys, parts[0].keys]
+    assert [each.keys for each in space.due(20.0, 1)] == [parts[2].keys]
