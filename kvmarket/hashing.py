@@ -8,6 +8,7 @@ used, so PYTHONHASHSEED has no influence.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,7 +127,13 @@ def hash_blocks(
     step = 4 * block_size
     out: list[bytes] = []
     parent = root
-    if extra_keys is None:  # the common case, in as little Python as can be
+    if extra_keys is None and algorithm == "sha256":  # the default, in as little Python as can be
+        sha256, append = hashlib.sha256, out.append
+        for (piece,) in struct.iter_unpack(f"{step}s", data[: blocks * step]):
+            parent = sha256(parent + piece).digest()
+            append(parent)
+        return out
+    if extra_keys is None:
         for start in range(0, blocks * step, step):
             parent = digest(parent + data[start : start + step])
             out.append(parent)

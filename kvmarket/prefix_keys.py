@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmarket.hashing import hash_blocks
-from kvmarket.registry.records import block_keys
+from kvmarket.registry.records import RUN_BLOCKS, block_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
 
 PROMPTS_MAX = 8
+GROWTH_MAX = 3
+"""Groups of `PrefixKeys.groups` have one run of blocks, one, two, two, four, and so on up to 2 to the power of this: a
+block is hashed and looked up in about half the time in which a card copies 2 MiB."""
 TOKENS_MAX = 1 << 17
 """What goes beyond in a prompt is not remembered: 8 such prompts take some 12 MiB."""
 
@@ -67,6 +70,31 @@ class PrefixKeys:
         keys += block_keys(hashes, shared)
         self._remember(tokens, hashes, keys)
         return keys
+
+    def groups(self, tokens: np.ndarray) -> Iterator[list[bytes]]:
+        """Yield what `of` returns in groups, small ones first, each as soon as it is known; arguments as of `of`.
+
+        So a fetch can look up and copy the first blocks while the others are hashed.
+        """
+        size, total = self._block_size, len(tokens) // self._block_size
+        if not total:
+            return
+        known, shared = self._longest(tokens)
+        hashes, keys = ([], []) if known is None else (known.hashes[:shared], known.keys[:shared])
+        start = 0
+        for number in range(total):  # never as many groups
+            end = min(start + (RUN_BLOCKS << min(number // 2, GROWTH_MAX)), total)
+            if end > len(keys):
+                have = len(hashes)
+                parent = hashes[-1] if have else self._root
+                hashes += hash_blocks(tokens[have * size : end * size], size, root=parent, algorithm=self._algorithm)
+                keys += block_keys(hashes, have)
+            yield keys[start:end]
+            start = end
+            if start == total:
+                break
+        if shared < total:
+            self._remember(tokens, hashes, keys)
 
     def clear(self) -> None:
         """Forget all prompts."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.registry.records import BlockRecords
@@ -43,6 +44,44 @@ class LookupResult:
     records: BlockRecords
     first_missing: str = ""
     owners: dict[int, OwnerInfo] = field(default_factory=dict)
+
+
+class Lookup(ABC):
+    """A look-up whose keys come in parts, as if all had come at once. A context manager; for one thread.
+
+    Attributes:
+        epoch: the namespace's, 0 when it is not known.
+    """
+
+    epoch: int
+
+    @abstractmethod
+    def __enter__(self) -> Self:
+        """Begin. Errors as of `Registry.lookup`."""
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End. Must not be long after the beginning: the registry may keep for it what others have removed."""
+
+    @abstractmethod
+    def more(self, keys: Sequence[bytes]) -> BlockRecords:
+        """Look up the next keys; return the records that the run grew by. Nothing is added to a run that has ended."""
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """True once a key was found that no living owner holds."""
+
+    @property
+    @abstractmethod
+    def owners(self) -> Mapping[int, OwnerInfo]:
+        """Who holds what was found so far."""
+
+    @abstractmethod
+    def result(self) -> LookupResult:
+        """Return what was found."""
 
 
 class Registry(ABC):
@@ -83,6 +122,11 @@ class Registry(ABC):
     @abstractmethod
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
         """Return the longest run of `keys`, from the first one on, that live owners hold."""
+
+    def looking_up(self, digest: bytes) -> Lookup | None:
+        """Return a look-up in parts, or None where each part would be a round trip."""
+        del digest
+        return None
 
     @abstractmethod
     def region(self, owner: int, region_id: int) -> dict[str, Any] | None:

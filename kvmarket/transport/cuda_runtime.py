@@ -58,7 +58,7 @@ class CupyCuda(CudaApi):
         except (CudaDriverError, self._runtime.CUDARuntimeError) as error:
             raise TransportUnavailableError(f"no usable card: {error}", scheme=SCHEME) from error
         self._peers: set[tuple[int, int]] = set()
-        self.work = CardWork(cupy, count)
+        self.work = CardWork(cupy, self._driver, count)
 
     # ---- cards and memory
 
