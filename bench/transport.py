@@ -1,9 +1,13 @@
 """How fast does UCX carry pages between processes, beside memcpy and beside NIXL on the same UCX lanes?
 
-Every figure is a ratio to one thread's memcpy of as many bytes, taken in the same rounds: 1.0 is as fast as memcpy.
+Every figure is a ratio to one thread's memcpy of as many bytes, taken in the same rounds: 1.0 is as fast as memcpy. It
+copies from a pool as large and as warm as the owner's to one like ours; blocks come from the same random places, and go
+to consecutive ones, which is the most that one call of numpy can do.
 
     kvmarket  `Connection.read` of the `ucx` transport: generations checked before and after, as every fetch does
-    kvmarket_shared   the same shared by two threads (`cma_readers=2`; fetches over CMA use one, and this is why)
+    kernel    the system call behind CMA lanes alone, given ready-made lists of the same pages: no checks, no Python;
+              what any CMA reader is bound by (`..._to_kernel` is our share of it)
+    kvmarket_shared   the same as kvmarket, shared by two threads (fetches over CMA use one: this is why)
     nixl      NIXL's READ of prepared descriptor lists, its owner calling it only while it is read
     nixl_progress_thread   the same, both sides with NIXL's progress thread, in rounds of its own, for it spins
 
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import json
 import multiprocessing
 import os
@@ -35,7 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import MemcpyReference, finish, interleave, log
+from common import finish, interleave, log, timed
 
 from kvmarket.deadline import Deadline
 from kvmarket.helper import Helper
@@ -50,6 +55,7 @@ from kvmarket.transport import ReadRequest
 from kvmarket.verification import Verification
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from multiprocessing.connection import Connection as Pipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +68,9 @@ LANES = {"cma": "", "tcp": "tcp"}
 ROUNDS, QUICK_ROUNDS = 15, 2
 START_S = 120.0
 IDLE_S = 2.0
+process_vm_readv = ctypes.CDLL(None, use_errno=True).process_vm_readv
+process_vm_readv.restype = ctypes.c_ssize_t
+process_vm_readv.argtypes = (ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong)
 
 
 def _pages(case: str, seed: int) -> np.ndarray:
@@ -88,7 +97,7 @@ def own(pipe: Pipe, lanes: str) -> None:
         case: (region.describe(endpoints).to_wire(), region.generations.validate(_pages(case, 8)))
         for case, region in regions.items()
     }
-    pipe.send((incarnation, told))
+    pipe.send((incarnation, told, memory.ctypes.data))
     while pipe.recv() == "cpu":
         pipe.send(time.process_time())
     transport.stop_serving()
@@ -113,7 +122,7 @@ class Ours:
         self._process.start()
         if not self._pipe.poll(START_S):
             raise SystemExit("the owner did not start")
-        incarnation, told = self._pipe.recv()
+        incarnation, told, self._there = self._pipe.recv()
         _choose(lanes)
         from kvmarket.transport.ucx import UcxTransport
 
@@ -154,6 +163,25 @@ class Ours:
             raise SystemExit(f"only {report.pages} pages came: {report.refused}")
         return seconds
 
+    def run_kernel(self, case: str) -> float:
+        """Read the same pages by the system call alone."""
+        lists = [
+            np.stack([start + pages * PAGE_BYTES[case], np.full(len(pages), PAGE_BYTES[case])], axis=1).astype(
+                np.uint64
+            )
+            for start, pages in ((self._pool.ctypes.data, _pages(case, 10)), (self._there, _pages(case, 8)))
+        ]
+        pid, total = self._process.pid or 0, PAGES[case] * PAGE_BYTES[case]
+        (here, there), count = (entries.ctypes.data for entries in lists), PAGES[case]
+        seconds = []
+        for _ in range(READS_PER_LATENCY if case == "latency" else 1):
+            began = time.perf_counter()
+            copied = process_vm_readv(pid, here, count, there, count, 0)
+            seconds.append(time.perf_counter() - began)
+            if copied != total:
+                raise SystemExit(f"the kernel copied {copied} bytes of {total}")
+        return statistics.median(seconds)
+
     def clear(self) -> None:
         """Forget what was read."""
         self._pool[:] = 0
@@ -178,6 +206,22 @@ class Ours:
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
+
+
+class PoolMemcpy:
+    """One thread copying between two private pools, as large as those that are read from and to."""
+
+    def __init__(self) -> None:
+        self._source, self._target = private_huge_pages(POOL_BYTES), private_huge_pages(POOL_BYTES)
+        self._source[:] = np.frombuffer(np.random.default_rng(7).bytes(POOL_BYTES), np.uint8)
+
+    def operation(self, case: str) -> Callable[[], float]:
+        """Return what copies as many bytes as a case reads."""
+        shape = (POOL_BYTES // PAGE_BYTES[case], PAGE_BYTES[case])
+        source, target = self._source.reshape(shape), self._target.reshape(shape)[: PAGES[case]]
+        if case == "blocks":
+            return timed(lambda: np.take(source, _pages(case, 8), axis=0, out=target, mode="clip"))
+        return timed(lambda: np.copyto(target, source[: PAGES[case]]))
 
 
 class Nixl:
@@ -232,17 +276,19 @@ def nixl_python() -> Path:
 async def compare(lanes: str, rounds: int, python: Path | None) -> dict[str, Any]:
     """Measure one kind of lanes."""
     log(f"measuring over {lanes}")
-    ours = Ours(lanes)
+    ours, memcpy = Ours(lanes), PoolMemcpy()
     peer = Nixl(python, lanes, progress_thread=False) if python else None
     result: dict[str, Any] = {"path": ours.path}
     print(f"\n{lanes}: {ours.path}")
     for case in PAGE_BYTES:
         operations: dict[str, Any] = {"kvmarket": lambda case=case: ours.run(case)}
+        if ours.path.startswith("cma("):
+            operations["kernel"] = lambda case=case: ours.run_kernel(case)
         if ours.shares and case != "latency":
             operations["kvmarket_shared"] = lambda case=case: ours.run_shared(case)
         if peer is not None:
             operations["nixl"] = lambda case=case, peer=peer: peer.run(case)
-        result[case] = await _measure(case, operations, rounds)
+        result[case] = await _measure(case, operations, memcpy, rounds)
         if case == "blocks":
             result["right"] = ours.right() and (peer is None or peer.run("right"))
             if ours.shares:
@@ -256,7 +302,7 @@ async def compare(lanes: str, rounds: int, python: Path | None) -> dict[str, Any
         peer = Nixl(python, lanes, progress_thread=True)
         for case in PAGE_BYTES:
             operations = {"nixl_progress_thread": lambda case=case, peer=peer: peer.run(case)}
-            result[case] |= await _measure(case, operations, rounds)
+            result[case] |= await _measure(case, operations, memcpy, rounds)
         result["idle_cpu"]["nixl_progress_thread"] = peer.run("idle")
         peer.close()
     print(
@@ -265,12 +311,9 @@ async def compare(lanes: str, rounds: int, python: Path | None) -> dict[str, Any
     return result
 
 
-async def _measure(case: str, operations: dict[str, Any], rounds: int) -> dict[str, Any]:
+async def _measure(case: str, operations: dict[str, Any], memcpy: PoolMemcpy, rounds: int) -> dict[str, Any]:
     nbytes = PAGES[case] * PAGE_BYTES[case]
-    memcpy = MemcpyReference(nbytes)
-    order = np.random.default_rng(8).permutation(PAGES[case])
-    reference = memcpy.blocks(order) if case == "blocks" else memcpy.contiguous
-    samples = await interleave(operations, reference, rounds)
+    samples = await interleave(operations, memcpy.operation(case), rounds)
     found: dict[str, Any] = {}
     for name in operations:
         seconds = samples.median(name)
@@ -281,11 +324,12 @@ async def _measure(case: str, operations: dict[str, Any], rounds: int) -> dict[s
         unit = f"p50 {found[name]:.1f} us" if case == "latency" else f"{found[name]:.3f} of memcpy"
         cost = f"  CPU {found[f'{name}_cpu']:.2f} of memcpy" if f"{name}_cpu" in found else ""
         print(f"  {case:11} {name:21} {unit}  {found[f'{name}_gbps']:.2f} GB/s{cost}")
-    for name in operations if "nixl" in operations and case != "latency" else ():
-        if name != "nixl":
-            times = zip(samples.seconds["nixl"], samples.seconds[name], strict=True)
-            found[f"{name}_to_nixl"] = statistics.median(theirs / mine for theirs, mine in times)
-            print(f"  {case:11} {name + ' to nixl':29} {found[f'{name}_to_nixl']:.3f}")
+    for other in ("nixl", "kernel") if case != "latency" else ():
+        for name in operations if other in operations else ():
+            if name.startswith("kvmarket"):
+                times = zip(samples.seconds[other], samples.seconds[name], strict=True)
+                found[f"{name}_to_{other}"] = statistics.median(theirs / mine for theirs, mine in times)
+                print(f"  {case:11} {f'{name} to {other}':29} {found[f'{name}_to_{other}']:.3f}")
     return found
 
 

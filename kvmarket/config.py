@@ -116,6 +116,8 @@ class MarketConfig:
         transport: ``auto`` (by locality and kind of memory, after a probe), ``inproc``, ``shm``, ``cuda_ipc``, ``ucx``.
         ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
         ucx_addresses: IP addresses to announce for UCX, separated by commas; empty for all of this host.
+        ucx_connect_s: how long connecting to an owner over UCX may take; a fetch waits for it within its own deadline,
+            and what is connected later serves the next.
         registry: ``lmdb`` (all processes of this host), ``lmdb:///directory``, ``memory`` (this process only), or the
             URL of a Redis or Valkey server (all processes that reach it; see `kvmarket.server_url`).
         runtime_dir: where the registry file and the owners' locks live; empty for `default_runtime_dir`.
@@ -135,6 +137,7 @@ class MarketConfig:
     transport: str = _setting("TRANSPORT", "auto", _one_of(*TRANSPORTS))
     ucx_require: str = _setting("UCX_REQUIRE", "", _one_of(*UCX_REQUIREMENTS))
     ucx_addresses: str = _setting("UCX_ADDRESSES", "", _addresses)
+    ucx_connect_s: float = _setting("UCX_CONNECT_S", 3.0, _number(0.05, 120))
     registry: str = field(default="lmdb", repr=False, metadata={"env": PREFIX + "REGISTRY", "parse": _registry})
     runtime_dir: str = _setting("RUNTIME_DIR", "", str)
     hash: str = _setting("HASH", "sha256", _one_of(*HASH_ALGORITHMS))

@@ -57,7 +57,7 @@ def _ucx(config: MarketConfig, environ: Mapping[str, str]) -> Transport:
     from kvmarket.transport.ucx import UcxTransport
 
     addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
-    return UcxTransport(environ, require=config.ucx_require, addresses=addresses)
+    return UcxTransport(environ, require=config.ucx_require, addresses=addresses, connect_s=config.ucx_connect_s)
 
 
 class Listeners:

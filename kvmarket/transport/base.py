@@ -149,8 +149,13 @@ class Transport(ABC):
     capabilities: Capabilities
 
     @abstractmethod
-    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None = None) -> Connection:
         """Open a way to a region and prove it by reading known bytes through it.
+
+        Args:
+            owner: whose region.
+            descriptor: what the owner told of it.
+            deadline: how long to wait for the owner; default: as long as the backend sees fit.
 
         Raises:
             TransportUnavailableError: this backend does not reach that owner from here; the message says why.

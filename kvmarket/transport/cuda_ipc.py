@@ -81,7 +81,8 @@ class CudaIpcTransport(Transport):
         self._lock = threading.Lock()
         self._allocations: PeerAllocations | None = None
 
-    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None = None) -> Connection:
+        del deadline  # nobody is waited for
         self.require_memory(owner, descriptor.kind)
         region = local_regions.get(owner.incarnation, descriptor.region_id)
         if region is not None:  # one's own handles cannot be opened, and need not be

@@ -12,6 +12,7 @@ from kvmarket.transport.base import Capabilities, Connection, Transport
 from kvmarket.transport.mapped import MappedConnection
 
 if TYPE_CHECKING:
+    from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
     from kvmarket.region.region import LentRegion
@@ -49,7 +50,8 @@ class InprocTransport(Transport):
     scheme = "inproc"
     capabilities = Capabilities(one_sided=True, memory=frozenset({"host"}), cross_process=False, cross_host=False)
 
-    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None = None) -> Connection:
+        del deadline  # nobody is waited for
         region = local_regions.get(owner.incarnation, descriptor.region_id)
         if region is None:
             raise TransportUnavailableError("the owner is another process", scheme=self.scheme, peer=str(owner))

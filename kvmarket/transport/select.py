@@ -11,6 +11,7 @@ from kvmarket.errors import TransportError, TransportUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
     from kvmarket.transport.base import Connection, Transport
@@ -31,8 +32,16 @@ class TransportSelector:
         self._connections: OrderedDict[tuple[bytes, int], Connection] = OrderedDict()
         self._owners: dict[bytes, int] = {}
 
-    def connection(self, owner: OwnerInfo, region_id: int, describe: Callable[[], RegionDescriptor]) -> Connection:
+    def connection(
+        self,
+        owner: OwnerInfo,
+        region_id: int,
+        describe: Callable[[], RegionDescriptor],
+        deadline: Deadline | None = None,
+    ) -> Connection:
         """Return a connection to a region; `describe` is called only when there is none yet.
+
+        An owner that must be waited for is waited for until `deadline`.
 
         Raises:
             TransportUnavailableError: no transport reaches it; the message has each one's reason.
@@ -43,7 +52,7 @@ class TransportSelector:
             if key in self._connections:
                 self._connections.move_to_end(key)
                 return self._connections[key]
-        made = self._connect(owner, describe())
+        made = self._connect(owner, describe(), deadline)
         with self._lock:
             kept = self._connections.setdefault(key, made)
             self._owners[owner.incarnation] = owner.owner
@@ -53,11 +62,11 @@ class TransportSelector:
             made.close()
         return kept
 
-    def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+    def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None) -> Connection:
         reasons: list[str] = []
         for transport in self._transports:
             try:
-                return transport.connect(owner, descriptor)
+                return transport.connect(owner, descriptor, deadline)
             except TransportUnavailableError as error:
                 reasons.append(f"{transport.scheme}: {error}")
         raise TransportUnavailableError("; ".join(reasons), scheme="+".join(self.schemes), peer=str(owner))

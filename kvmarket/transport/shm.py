@@ -12,6 +12,7 @@ from kvmarket.transport.base import Capabilities, Connection, Transport
 from kvmarket.transport.mapped import MappedConnection
 
 if TYPE_CHECKING:
+    from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
 
@@ -30,7 +31,8 @@ class ShmTransport(Transport):
     def __init__(self, boot_id: str, pid_namespace: int) -> None:
         self._boot_id, self._pid_namespace = boot_id, pid_namespace
 
-    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None = None) -> Connection:
+        del deadline  # nobody is waited for
         self.require_memory(owner, descriptor.kind)
         if owner.boot_id != self._boot_id:
             self._refuse(owner, f"{owner.host} is another host")

@@ -13,23 +13,23 @@ import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmarket.deadline import Deadline
-from kvmarket.errors import ConnectError, InvalidInputError, PeerGoneError, TransferError, TransportUnavailableError
+from kvmarket.errors import InvalidInputError, PeerGoneError, TransferError, TransportUnavailableError
 from kvmarket.report import TransferReport
 from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, ServingTransport
 from kvmarket.transport.ucx_api import version as ucx_version
 from kvmarket.transport.ucx_budget import ByteBudget
 from kvmarket.transport.ucx_cma import CmaRegion
+from kvmarket.transport.ucx_connect import PEERS_KEPT, Endpoints, PeerTable
 from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import local_iov
-from kvmarket.transport.ucx_peer import GroupResult, Peer, Transfer
+from kvmarket.transport.ucx_peer import CONNECT_S, GroupResult, Peer, Transfer
 from kvmarket.transport.ucx_read import GroupedRead
 from kvmarket.transport.ucx_rma import OneSidedRead, RemoteGroup, RemoteRegion
 from kvmarket.transport.ucx_server import UcxServer
-from kvmarket.transport.ucx_settings import lanes_text, missing_requirement, reads_one_sided, ucx_settings
+from kvmarket.transport.ucx_settings import lanes_text, reads_one_sided, ucx_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,12 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 1.0
-"""For all addresses of an owner together; each has an equal share of what is left."""
-SLOW_S, SILENT_S = 0.3, 3.0
-"""An owner that kept a reader waiting so long in vain is not asked again for so long: a host that is down would cost
-every fetch its wait."""
-PEERS_KEPT = 256
+LATE_S = 0.2
+"""Beyond the limit of connecting, for who has no deadline: so that it is the connection that says why it failed."""
 PEER_BYTES_MAX = 32 << 20
 ALL_BYTES_MAX = 128 << 20
 
@@ -65,6 +61,8 @@ class UcxTransport(ServingTransport):
         direct: False leaves one-sided reads over CMA lanes to UCX.
         cma_readers: threads that share a large read over CMA lanes. More than one is safe, but where it was measured
             (docs/BENCHMARKS.md) it took longer and cost more CPU: each part has its own looks at the generations.
+        connect_s: how long connecting to an owner may take, at all its addresses together. A read waits for it within
+            its own deadline; what is connected later serves the next.
     """
 
     scheme = "ucx"
@@ -79,16 +77,16 @@ class UcxTransport(ServingTransport):
         one_sided: bool = True,
         direct: bool = True,
         cma_readers: int = 1,
+        connect_s: float = CONNECT_S,
     ) -> None:
         self.settings = ucx_settings(environ)
-        self._require, self._addresses, self._one_sided = require, addresses, one_sided
+        self._addresses, self._one_sided = addresses, one_sided
         self._direct, self.cma_readers = direct, cma_readers
         self._lock = threading.Lock()
         self._driver: UcxDriver | None = None
         self._server: UcxServer | None = None
-        self._peers: dict[bytes, Peer] = {}
-        self._connecting: dict[bytes, threading.Lock] = {}
-        self._silent: dict[bytes, float] = {}
+        self.connect_s = connect_s
+        self._peers = PeerTable(lambda: self.driver, require, connect_s)
         self._budget = ByteBudget(ALL_BYTES_MAX)
         self._budgets: dict[bytes, ByteBudget] = {}
         self._closed = False
@@ -134,80 +132,29 @@ class UcxTransport(ServingTransport):
 
     # ---- reader
 
-    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor) -> Connection:
+    def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None = None) -> Connection:
         self.require_memory(owner, descriptor.kind)
         endpoints = descriptor.endpoints.get(self.scheme, ())
         if not endpoints:
             why = "the owner does not listen for UCX; it needs KVMARKET_TRANSPORT=ucx and the extra 'ucx'"
             raise TransportUnavailableError(why, scheme=self.scheme, peer=str(owner))
         connection = UcxConnection(self, owner, descriptor, endpoints)
-        connection.reconnect(Deadline(CONNECT_S))
+        connection.reconnect(deadline or Deadline(self.connect_s + LATE_S))
         return connection
 
-    def peer(self, owner: OwnerInfo, endpoints: tuple[tuple[str, int], ...], deadline: Deadline) -> Peer:
-        """Return a live connection to an owner, shared by all its regions.
-
-        Raises:
-            TransportUnavailableError: it does not answer, or its lanes are not those required.
-            PeerGoneError: another incarnation answers.
-        """
-        with self._lock:
-            self._prune()
-            gate = self._connecting.setdefault(owner.incarnation, threading.Lock())
-        with gate:
-            peer = self._peers.get(owner.incarnation)
-            if peer is None or peer.dead:
-                if time.monotonic() < self._silent.get(owner.incarnation, 0.0):
-                    why = "it did not answer a moment ago"
-                    raise TransportUnavailableError(why, scheme=self.scheme, peer=str(owner))
-                peer = self._open_peer(owner, endpoints, deadline)
-                self._peers[owner.incarnation] = peer
-            return peer
-
-    def _prune(self) -> None:
-        """Forget the connections that are gone, when there are many."""
-        if len(self._connecting) < PEERS_KEPT:
-            return
-        gone = [key for key in self._connecting if key not in self._peers or self._peers[key].dead]
-        for incarnation in gone:
-            if not self._connecting[incarnation].locked():
-                del self._connecting[incarnation]
-                self._peers.pop(incarnation, None)
-                self._budgets.pop(incarnation, None)
-                self._silent.pop(incarnation, None)
+    def peer(self, owner: OwnerInfo, endpoints: Endpoints, deadline: Deadline) -> Peer:
+        """Return a live connection to an owner; see `PeerTable.peer`."""
+        return self._peers.peer(owner, endpoints, deadline)
 
     def budget(self, owner: OwnerInfo) -> ByteBudget:
         """The bytes in flight from one owner, within those of all."""
         with self._lock:
-            return self._budgets.setdefault(owner.incarnation, ByteBudget(PEER_BYTES_MAX, self._budget))
-
-    def _open_peer(self, owner: OwnerInfo, endpoints: tuple[tuple[str, int], ...], deadline: Deadline) -> Peer:
-        reasons: list[str] = []
-        began = time.monotonic()
-        for number, (address, port) in enumerate(endpoints):
-            if deadline.expired:
-                break
-            peer = Peer(self.driver, owner.incarnation, address, port)
-            self.driver.submit(peer.start)
-            try:
-                peer.ready.result(deadline.remaining_s / (len(endpoints) - number))
-            except FutureTimeoutError:
-                reasons.append(f"{address}:{port} does not answer")
-                self.driver.submit(partial(peer.close, "it did not answer"))
-                continue
-            except (ConnectError, TransportUnavailableError) as error:
-                reasons.append(f"{address}:{port}: {error}")
-                continue
-            if missing := missing_requirement(self._require, peer.lanes):
-                self.driver.submit(partial(peer.close, "lanes refused"))
-                raise TransportUnavailableError(missing, scheme=self.scheme, peer=str(owner))
-            self._silent.pop(owner.incarnation, None)
-            logger.debug("kvmarket: UCX lanes to %s: %s", owner, lanes_text(peer.lanes))
-            return peer
-        if time.monotonic() - began > SLOW_S:
-            self._silent[owner.incarnation] = time.monotonic() + SILENT_S
-        why = "; ".join(reasons) or "no time was left to connect"
-        raise TransportUnavailableError(why, scheme=self.scheme, peer=str(owner))
+            found = self._budgets.get(owner.incarnation)
+            if found is None:
+                if len(self._budgets) >= PEERS_KEPT:
+                    self._budgets = {key: budget for key, budget in self._budgets.items() if budget.taken}
+                found = self._budgets[owner.incarnation] = ByteBudget(PEER_BYTES_MAX, self._budget)
+            return found
 
     def uses_one_sided(self, peer: Peer) -> bool:
         """Tell whether reads from a peer are one-sided."""
@@ -246,7 +193,7 @@ class UcxConnection(Connection):
         transport: UcxTransport,
         owner: OwnerInfo,
         descriptor: RegionDescriptor,
-        endpoints: tuple[tuple[str, int], ...],
+        endpoints: Endpoints,
     ) -> None:
         self.path = "not connected"
         self._transport, self._owner, self._descriptor, self._endpoints = transport, owner, descriptor, endpoints
@@ -325,7 +272,7 @@ class UcxConnection(Connection):
         layout = self._descriptor.layout
         self._check(request)
         try:
-            way = self.reconnect(Deadline(min(CONNECT_S, deadline.remaining_s)))
+            way = self._live() or self.reconnect(deadline)
         except TransportUnavailableError as error:
             raise PeerGoneError(str(error), scheme=self.scheme, peer=str(self._owner)) from error
         if way.mapped is not None:
@@ -367,9 +314,7 @@ class UcxConnection(Connection):
             raise InvalidInputError(f"{len(request.pages)} remote pages for {len(request.local_pages)} local ones")
         if local.page_bytes != self._descriptor.layout.page_bytes:
             raise InvalidInputError("local and remote pages differ in size")
-        pages = request.local_pages
-        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < local.num_pages:
-            raise InvalidInputError(f"local page number outside [0, {local.num_pages})")
+        local.check_pages(request.local_pages)
 
     def close(self) -> None:
         """The peer's connection is shared by its regions and goes with the transport."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes as c
 import errno
 import os
+import platform
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from kvmarket.transport.ucx_rma import RemoteRegion
 
 GROUP_BYTES = 4 << 20
+SHORT_BYTES = 64 << 10
+"""So few bytes are read together with both looks at their generations."""
+IN_ORDER = platform.machine() in {"x86_64", "AMD64"}
+"""One call may read pages and then their generations: the kernel takes the entries of a list in their order, as
+process_vm_readv(2) says, and this processor keeps loads in order."""
 ENTRIES_MAX = 1024
 """Entries of a list that the kernel takes at once (IOV_MAX)."""
 SPAN_MAX = 8192
@@ -54,7 +60,9 @@ class CmaRegion:
 
     def __init__(self, pid: int, remote: RemoteRegion) -> None:
         self._pid, self._remote = pid, remote
-        self._look(np.zeros(1, np.int64))
+        look = _Look(remote, np.zeros(1, np.int64))
+        self._copy(look.remote, look.local)
+        look.generations()
 
     def read(
         self, request: ReadRequest, deadline: Deadline, on_group: OnGroup | None
@@ -68,6 +76,15 @@ class CmaRegion:
             PeerGoneError, TransferError: see `CmaRegion`.
         """
         total = len(request.pages)
+        if total and total * self._remote.layout.page_bytes <= SHORT_BYTES and not deadline.expired:
+            began = time.perf_counter()
+            found = self._read_short(request)
+            if found is not None:
+                copy_s = time.perf_counter() - began
+                good = np.delete(np.arange(total), list(found))
+                if on_group is not None and len(good):
+                    on_group(good)
+                return len(good), found, copy_s
         size = max(1, GROUP_BYTES // self._remote.layout.page_bytes)
         refused: dict[int, MissReason] = {}
         fresh = self._fresh(request)
@@ -95,45 +112,51 @@ class CmaRegion:
 
     def _fresh(self, request: ReadRequest) -> np.ndarray:
         """(n,) bool: which pages exist and have the generation that was announced."""
-        fresh = (request.pages >= 0) & (request.pages < self._remote.layout.num_pages)
-        fresh &= ((request.generations & np.uint64(1)) == 0) & (request.generations != 0)
+        fresh = self._announced(request)
         if fresh.any():
-            fresh[fresh] = self._look(request.pages[fresh]) == request.generations[fresh]
+            look = _Look(self._remote, request.pages[fresh])
+            self._copy(look.remote, look.local)
+            fresh[fresh] = look.generations() == request.generations[fresh]
         memory_fence()  # the bytes are read after the generations
         return fresh
+
+    def _announced(self, request: ReadRequest) -> np.ndarray:
+        """(n,) bool: which pages exist and were announced with a generation that a readable page can have."""
+        known = (request.pages >= 0) & (request.pages < self._remote.layout.num_pages)
+        known &= ((request.generations & np.uint64(1)) == 0) & (request.generations != 0)
+        return known
+
+    def _read_short(self, request: ReadRequest) -> dict[int, MissReason] | None:
+        """Read everything by one call, both looks included; return the refused pages, or None if it was not done."""
+        if not (IN_ORDER and self._announced(request).all()):
+            return None
+        before, after = _Look(self._remote, request.pages), _Look(self._remote, request.pages)
+        there, here = _Copy(self._remote, request).lists(np.arange(len(request.pages)))
+        remote = np.concatenate((before.remote[:-1], there, after.remote))
+        if len(remote) > ENTRIES_MAX:
+            return None
+        self._copy(remote, np.concatenate((before.local[:-1], here, after.local)))
+        whole = after.generations() == request.generations
+        fresh = before.counters() == request.generations
+        if fresh.all() and whole.all():
+            return {}
+        torn = dict.fromkeys(np.flatnonzero(~whole).tolist(), MissReason.TORN)
+        return torn | dict.fromkeys(np.flatnonzero(~fresh).tolist(), MissReason.STALE_GENERATION)
 
     def _read_group(self, request: ReadRequest, copy: _Copy, indices: np.ndarray) -> np.ndarray:
         """Copy pages; return a bool array of which are whole."""
         if not len(indices):
             return np.ones(0, bool)
-        self._copy(*copy.lists(indices))
-        memory_fence()  # and the generations again after the bytes
-        whole: np.ndarray = self._look(request.pages[indices]) == request.generations[indices]
+        look = _Look(self._remote, request.pages[indices])
+        there, here = copy.lists(indices)
+        if IN_ORDER:
+            self._copy(np.concatenate((there, look.remote)), np.concatenate((here, look.local)))
+        else:
+            self._copy(there, here)
+            memory_fence()  # and the generations again after the bytes
+            self._copy(look.remote, look.local)
+        whole: np.ndarray = look.generations() == request.generations[indices]
         return whole
-
-    def _look(self, pages: np.ndarray) -> np.ndarray:
-        """Return (n,) uint64: the generations of `pages` now, all of which exist; the header is read after them."""
-        low, high = int(pages.min()), int(pages.max()) + 1
-        counters = self._remote.table + VALUES_OFFSET
-        if high - low > SPAN_MAX:
-            windows = CounterWindows(pages)
-            self._copy(windows.remote_iov(counters), windows.local_iov())
-            self._check_header(np.empty(0, np.uint64), 0)
-            return windows.current()
-        found = np.empty(high - low, np.uint64)
-        self._check_header(found, counters + 8 * low)
-        current: np.ndarray = found[pages - low]
-        return current
-
-    def _check_header(self, before: np.ndarray, address: int) -> None:
-        """Read what lies at `address` into `before`, and then the table's header, which must be the one announced."""
-        expected = self._remote.header
-        header = np.empty(len(expected), np.uint8)
-        there = np.array([[address, before.nbytes], [self._remote.table, len(expected)]], np.uint64)
-        here = np.array([[before.ctypes.data, before.nbytes], [header.ctypes.data, len(expected)]], np.uint64)
-        self._copy(there, here)
-        if header.tobytes() != expected:
-            raise PeerGoneError("the owner's generation table is gone", scheme="ucx")
 
     def _copy(self, remote: np.ndarray, local: np.ndarray) -> None:
         """Copy (n, 2) lists of addresses and lengths with the same lengths, in order."""
@@ -147,6 +170,45 @@ class CmaRegion:
             code = errno.EFAULT if got >= 0 else c.get_errno()
             why = f"reading process {self._pid}: {os.strerror(code)}"
             raise (PeerGoneError if code in _GONE else TransferError)(why, scheme="ucx")
+
+
+class _Look:
+    """Where the counters of some pages are, then the table's header, and where they are read to.
+
+    Attributes:
+        remote: (n, 2) uint64 addresses and lengths over there; the header is the last.
+        local: the same here.
+    """
+
+    def __init__(self, remote: RemoteRegion, pages: np.ndarray) -> None:
+        self._expected = remote.header
+        self._header = bytearray(len(remote.header))
+        header = (c.addressof(c.c_char.from_buffer(self._header)), len(self._header))
+        low, high = int(pages.min()), int(pages.max()) + 1
+        counters = remote.table + VALUES_OFFSET
+        self._windows = CounterWindows(pages) if high - low > SPAN_MAX else None
+        if self._windows is not None:
+            there, here = self._windows.remote_iov(counters).tolist(), self._windows.local_iov().tolist()
+        else:
+            self._span, self._places = np.empty(high - low, np.uint64), pages - low
+            there, here = [(counters + 8 * low, self._span.nbytes)], [(self._span.ctypes.data, self._span.nbytes)]
+        self.remote = np.array([*there, (remote.table, len(self._header))], np.uint64)
+        self.local = np.array([*here, header], np.uint64)
+
+    def counters(self) -> np.ndarray:
+        """(n,) uint64: the generations that were read of the pages."""
+        found: np.ndarray = self._windows.current() if self._windows is not None else self._span[self._places]
+        return found
+
+    def generations(self) -> np.ndarray:
+        """Return the same, with the header read after them.
+
+        Raises:
+            PeerGoneError: that is another header.
+        """
+        if self._header != self._expected:
+            raise PeerGoneError("the owner's generation table is gone", scheme="ucx")
+        return self.counters()
 
 
 class _Copy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 PIECES_MAX = 8192
 """Entries of one list; page groups are cut so that neither side has more."""
+_FEW = 8
+"""So few pieces are sooner counted out one by one than by numpy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,9 @@ def page_runs(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> Runs:
         bases: (memories,) uint64 address of each memory.
         pages: (n,) int64 page numbers.
     """
-    segments = np.array([[s.memory, s.offset, s.stride, s.nbytes] for s in layout.segments], np.uint64)
-    memory, offset, stride, nbytes = segments.T
+    if len(pages) * len(layout.segments) <= _FEW:
+        return _few_runs(layout, bases, pages)
+    memory, offset, stride, nbytes = _segments(layout).T
     starts = (bases[memory.astype(np.int64)] + offset)[None, :] + pages.astype(np.uint64)[:, None] * stride[None, :]
     addresses = starts.reshape(-1)
     lengths = np.broadcast_to(nbytes, starts.shape).reshape(-1)
@@ -49,9 +53,31 @@ def page_runs(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> Runs:
     return Runs(iov, memories[first])
 
 
+@lru_cache(maxsize=64)
+def _segments(layout: PageLayout) -> np.ndarray:
+    """(segments, 4) uint64: memory, offset, stride, bytes."""
+    segments = np.array([[s.memory, s.offset, s.stride, s.nbytes] for s in layout.segments], np.uint64)
+    segments.flags.writeable = False
+    return segments
+
+
+def _few_runs(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> Runs:
+    found: list[list[int]] = []  # address, bytes, memory
+    starts = bases.tolist()
+    for page in pages.tolist():
+        for segment in layout.segments:
+            address = starts[segment.memory] + segment.offset + page * segment.stride
+            if found and found[-1][0] + found[-1][1] == address and found[-1][2] == segment.memory:
+                found[-1][1] += segment.nbytes
+            else:
+                found.append([address, segment.nbytes, segment.memory])
+    table = np.array(found, np.uint64).reshape(-1, 3)
+    return Runs(np.ascontiguousarray(table[:, :2]), table[:, 2].astype(np.int64))
+
+
 def page_lists(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> np.ndarray:
     """Return (n, segments, 2) uint64 addresses and lengths of pages, nothing joined; arguments as of `page_runs`."""
-    segments = np.array([(s.memory, s.offset, s.stride, s.nbytes) for s in layout.segments], np.uint64)
+    segments = _segments(layout)
     starts = bases[segments[:, 0].astype(np.int64)] + segments[:, 1]
     lists = np.empty((len(pages), len(segments), 2), np.uint64)
     lists[:, :, 0] = starts + pages.astype(np.uint64)[:, None] * segments[:, 2]

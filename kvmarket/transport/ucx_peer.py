@@ -1,19 +1,20 @@
 """The reader's side of one connection to an owner: handshake, reads in flight, and the watch over a silent peer.
 
-Everything here runs on the driver's thread. A `Transfer` ends exactly once, and only when UCX no longer writes to its
+Everything here runs with the driver's turn. A `Transfer` ends exactly once, and only when UCX no longer writes to its
 memory: that is the promise `Connection.read` rests on.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvmarket.errors import ConnectError, PeerGoneError, TransportError, TransportUnavailableError
 from kvmarket.transport import ucx_api as api
-from kvmarket.transport.ucx_driver import TICK_S, Endpoint, Payload, UcxDriver
+from kvmarket.transport.ucx_driver import TICK_S, UcxDriver
 from kvmarket.transport.ucx_wire import (
     VERSION_MAX,
     VERSION_MIN,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from kvmarket.transport.ucx_operations import Endpoint, Payload
+
+CONNECT_S = 3.0
 HEARTBEAT_S = 0.9
 """A peer that owes an answer and is silent this long, in ticks this process really had, is given up."""
 _SILENT_TICKS_MAX = round(HEARTBEAT_S / TICK_S)
@@ -89,7 +93,7 @@ class TwoSidedRead(Transfer):
     def __init__(self, number: int, iov: np.ndarray, finish: Callable[[GroupResult], None]) -> None:
         super().__init__(number, finish)
         self.iov = iov
-        self.nbytes = int(iov[:, 1].sum())
+        self.nbytes = sum(iov[:, 1].tolist())
         self.arrived = False
         self.trailer: Trailer | None = None
 
@@ -100,9 +104,20 @@ class TwoSidedRead(Transfer):
 
 
 class Peer:
-    """One owner's incarnation, reached through one endpoint. Create, then `start` on the driver's thread."""
+    """One owner's incarnation, reached through one endpoint. Create, then `start` with the driver's turn.
 
-    def __init__(self, driver: UcxDriver, incarnation: bytes, address: str, port: int) -> None:
+    Args:
+        driver: whose worker connects.
+        incarnation: 16 bytes that the owner must know as its own.
+        address: of the owner.
+        port: of the owner.
+        connect_s: a connection that has not been made after so long is given up. The heartbeat begins afterwards: until
+            then there may be nobody to answer, as RDMA connections and loaded machines take their time.
+    """
+
+    def __init__(
+        self, driver: UcxDriver, incarnation: bytes, address: str, port: int, connect_s: float = CONNECT_S
+    ) -> None:
         self.driver, self._incarnation = driver, incarnation
         self.address, self.port = address, port
         self.endpoint: Endpoint | None = None
@@ -114,9 +129,12 @@ class Peer:
         self._transfers: dict[int, Transfer] = {}
         self._describes: dict[int, Future[Region]] = {}
         self._silent_ticks = 0
+        self._connect_s = connect_s
+        self._connect_until = 0.0
 
     def start(self) -> None:
         """Connect and introduce this process; `ready` tells when that is done or has failed."""
+        self._connect_until = time.monotonic() + self._connect_s
         try:
             self.endpoint = self.driver.connect(self.address, self.port, self)
         except Exception as error:  # noqa: BLE001 - ucxx has an exception per status; all mean the same here
@@ -210,7 +228,8 @@ class Peer:
     def on_data(self, header: bytes, payload: Payload) -> None:
         """Put the bytes of a read in place, or drop them when nobody waits for them any more."""
         self.heard()
-        transfer = self._transfers.get(decode_data_header(header) or 0)
+        number, whole = decode_data_header(header) or (0, False)
+        transfer = self._transfers.get(number)
         if not isinstance(transfer, TwoSidedRead) or transfer.result is not None or self.endpoint is None:
             self.driver.drop(payload)
             return
@@ -224,6 +243,8 @@ class Peer:
             transfer.writing -= 1
             if status == api.UCS_OK:
                 transfer.arrived = True
+                if whole:
+                    transfer.trailer = Trailer(number, [], [])
                 transfer.judge()
                 transfer.settle()
             else:
@@ -255,6 +276,7 @@ class Peer:
             self.close(f"the owner chose version {message.version}, which was not offered")
         elif self.endpoint is not None and not self.ready.done():
             self.lanes = self.driver.lanes(self.endpoint)
+            self._silent_ticks = 0
             self.ready.set_result(None)
 
     def _refused(self, message: Refused) -> None:
@@ -277,11 +299,14 @@ class Peer:
 
     def tick(self, now: float) -> None:
         """Every 50 ms while an answer is owed. Counted in ticks, so that a pause of this process blames nobody."""
-        del now
+        if not self.ready.done():
+            if now > self._connect_until:
+                self.close(f"it does not answer: no connection within {self._connect_s:g} s")
+            return
         self._silent_ticks += 1
         if self._silent_ticks > _SILENT_TICKS_MAX:
             self.close(f"no answer for {HEARTBEAT_S:g} s")
-        elif self.ready.done() and self._silent_ticks >= _PING_AFTER_TICKS:
+        elif self._silent_ticks >= _PING_AFTER_TICKS:
             self._send(Ping())
 
     def _watch(self) -> None:

@@ -21,7 +21,8 @@ from kvmarket.transport.ucx_wire import VERSION_MAX, VERSION_MIN, Hello, Refused
 
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
-    from kvmarket.transport.ucx_driver import Endpoint, Payload, UcxDriver
+    from kvmarket.transport.ucx_driver import UcxDriver
+    from kvmarket.transport.ucx_operations import Endpoint, Payload
 
 ROUND_TRIPS = 20
 UNKNOWN = bytes(16)

@@ -1,6 +1,6 @@
 """One read through a peer: groups of pages, two in flight, reported in the order they arrive.
 
-Runs on the reader's thread and speaks to the driver's through `UcxDriver.submit` and one queue. Whatever happens, it
+Runs on the reader's thread and speaks to the driver through `UcxDriver.submit` and one queue. Whatever happens, it
 returns only after every group it started has ended, that is, when nothing writes to the local pages any more.
 """
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvmarket.transport.ucx_driver import UcxDriver
 
 GROUP_BYTES = 4 << 20
+SHORT_BYTES, SHORT_S = 64 << 10, 0.0005
+"""A read of no more bytes is driven by the thread that waits for it, for so long: a round trip of a quick network."""
 WINDOW = 2
 """Groups of one read in flight."""
 DRAIN_S = 0.25
@@ -117,6 +119,8 @@ class GroupedRead:
         """Refuse the pages that the region does not have; return the others."""
         pages = self.request.pages[indices]
         inside = (pages >= 0) & (pages < self.remote_pages)
+        if inside.all():
+            return indices
         self.refused.update(dict.fromkeys(indices[~inside].tolist(), MissReason.STALE_GENERATION))
         known: np.ndarray = indices[inside]
         return known
@@ -146,7 +150,10 @@ class GroupedRead:
             if group.result is not None:
                 self.peer.forget(group.transfer)
 
-        self.driver.submit(command)
+        if len(self.request.pages) * self.page_bytes <= SHORT_BYTES:
+            self.driver.submit_and_help(command, lambda: group.result is not None, SHORT_S)
+        else:
+            self.driver.submit(command)
         return True
 
     def _collect(self, timeout_s: float = _LOOK_S) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmarket.region.descriptor import RegionDescriptor
-    from kvmarket.transport.ucx_driver import Endpoint, Piece
+    from kvmarket.transport.ucx_operations import Endpoint, Piece
     from kvmarket.transport.ucx_wire import Region
 
 WINDOW_GAP = 512

@@ -6,18 +6,21 @@ A session is a plain state machine over messages (`ServerSession.on_control`); i
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.errors import TransportUnavailableError
 from kvmarket.region.generations import memory_fence, readable
 from kvmarket.transport import ucx_api as api
 from kvmarket.transport.ucx_iov import PIECES_MAX, local_iov
+from kvmarket.transport.ucx_listen import host_addresses, is_ipv6
+from kvmarket.transport.ucx_operations import RENDEZVOUS_BYTES
 from kvmarket.transport.ucx_wire import (
     VERSION_MAX,
     VERSION_MIN,
+    VERSION_WHOLE,
     Describe,
     Hello,
     Message,
@@ -36,8 +39,10 @@ from kvmarket.transport.ucx_wire import (
 )
 
 if TYPE_CHECKING:
+    from kvmarket.region.pages import PagedMemory
     from kvmarket.region.region import LentRegion
-    from kvmarket.transport.ucx_driver import Endpoint, Payload, UcxDriver
+    from kvmarket.transport.ucx_driver import UcxDriver
+    from kvmarket.transport.ucx_operations import Endpoint, Payload
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,10 @@ class UcxServer:
     Args:
         driver: whose worker listens; the server's state belongs to the driver's thread.
         incarnation: 16 bytes.
-        addresses: addresses to announce; default: every IPv4 address of this host that is up.
+        addresses: addresses to announce; default: this host's, see `host_addresses`.
+
+    Raises:
+        TransportUnavailableError: one of `addresses` cannot be listened on.
     """
 
     def __init__(self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...] = ()) -> None:
@@ -88,7 +96,20 @@ class UcxServer:
         self.sessions: set[ServerSession] = set()
         self._keys: dict[int, RegionKeys] = {}
         port = driver.call(lambda: driver.listen(self._accept), CALL_S)
-        self.endpoints = tuple((address, port) for address in addresses or host_addresses())
+        chosen = addresses or host_addresses()
+        port6 = self._listen6(asked_for=bool(addresses)) if any(map(is_ipv6, chosen)) else 0
+        found = [(address, port6 if is_ipv6(address) else port) for address in chosen]
+        self.endpoints = tuple((address, at) for address, at in found if at)
+
+    def _listen6(self, *, asked_for: bool) -> int:
+        """Return the port, or 0 where IPv6 addresses were only found and cannot be listened on."""
+        try:
+            return self.driver.call(lambda: self.driver.listen6(self._accept), CALL_S)
+        except api.UcxError as error:
+            if asked_for:
+                raise TransportUnavailableError(f"cannot listen: {error}", scheme="ucx") from error
+            logger.warning("kvmarket: no readers over IPv6: %s", error)
+            return 0
 
     def add(self, region: LentRegion) -> None:
         """Serve a region from now on. Any thread."""
@@ -128,7 +149,7 @@ class ServerSession:
 
     def __init__(self, server: UcxServer, endpoint: Endpoint) -> None:
         self._server, self._driver, self.endpoint = server, server.driver, endpoint
-        self._welcomed = False
+        self._version = 0
         self._reads = 0
         self._hello_until = time.monotonic() + HELLO_S
 
@@ -147,7 +168,7 @@ class ServerSession:
             return
         if isinstance(message, Hello):
             self._hello(message)
-        elif not self._welcomed:
+        elif not self._version:
             self._driver.disconnect(self.endpoint, "a message came before HELLO")
         elif isinstance(message, Read):
             self._read(message)
@@ -181,7 +202,7 @@ class ServerSession:
         elif hello.incarnation != self._server.incarnation:
             self._send(Refused("incarnation", "another incarnation listens here"))
         else:
-            self._welcomed = True
+            self._version = version
             self._driver.tickers.discard(self.tick)
             self._send(Welcome(version))
 
@@ -225,6 +246,9 @@ class ServerSession:
             self._send(Trailer(transfer, stale.tolist(), []))
             return
         memory_fence()  # the bytes are read after the generations
+        if len(pages) * region.layout.page_bytes < RENDEZVOUS_BYTES and self._version >= VERSION_WHOLE:
+            self._serve_short(region, transfer, pages, generations)
+            return
         self._reads += 1
 
         def sent(status: int) -> None:
@@ -236,19 +260,16 @@ class ServerSession:
 
         self._driver.send_data(self.endpoint, encode_data_header(transfer), local_iov(region.pages, pages), sent)
 
+    def _serve_short(self, region: LentRegion, transfer: int, pages: np.ndarray, generations: np.ndarray) -> None:
+        """Copy, check again, and send bytes and verdict as one message; UCX would copy such bytes, too."""
+        data = bytes_of(region.pages, pages)
+        memory_fence()  # the generations again after the bytes
+        torn = np.flatnonzero(region.generations.values[pages] != generations).tolist()
+        self._driver.send_short(self.endpoint, encode_data_header(transfer, whole=not torn), data)
+        if torn:
+            self._send(Trailer(transfer, [], torn))
 
-def host_addresses() -> tuple[str, ...]:
-    """Return the IPv4 addresses of this host's interfaces, loopback only when there is no other."""
-    import fcntl
-    import struct
 
-    found: list[str] = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-            except OSError:
-                continue  # an interface without an IPv4 address
-            found.append(socket.inet_ntoa(answer[20:24]))
-    return tuple(address for address in found if not address.startswith("127.")) or ("127.0.0.1",)
+def bytes_of(memory: PagedMemory, pages: np.ndarray) -> bytes:
+    """Return a copy of the bytes of pages, in their order."""
+    return b"".join([view.data for page in pages.tolist() for view in memory.views(page)])

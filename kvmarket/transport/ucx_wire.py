@@ -4,6 +4,8 @@ A conversation: the reader says HELLO with the versions it speaks and the incarn
 WELCOME with the highest common version, or REFUSED with its reason. Then, per region, DESCRIBE -> REGION (probe bytes
 and, for one-sided reads, keys), and per group of pages READ -> (one data message), TRAILER. PING -> PONG tells slow
 from stopped.
+
+Version 2 has no TRAILER after a data message that says itself that its pages were whole: short ones do.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any, ClassVar
 import msgpack
 import numpy as np
 
-VERSION_MIN, VERSION_MAX = 1, 1
+VERSION_MIN, VERSION_MAX = 1, 2
+VERSION_WHOLE = 2
+"""From this version on a data message may be the end of its read."""
 MESSAGE_BYTES_MAX = 1 << 20
 """Longer control messages are refused unread."""
 PAGES_MAX = 16384
@@ -233,14 +237,20 @@ def common_version(hello: Hello) -> int | None:
 DATA_HEADER_BYTES = 8
 
 
-def encode_data_header(transfer: int) -> bytes:
-    """Header of the one message that carries the bytes of a read."""
-    return transfer.to_bytes(DATA_HEADER_BYTES, "little")
+_WHOLE = 1 << 63
 
 
-def decode_data_header(header: bytes) -> int | None:
-    """Return the read a data message belongs to, or None when the header is not one."""
-    return int.from_bytes(header, "little") if len(header) == DATA_HEADER_BYTES else None
+def encode_data_header(transfer: int, *, whole: bool = False) -> bytes:
+    """Header of the one message that carries the bytes of a read; `whole` says that no trailer follows."""
+    return (transfer | (_WHOLE if whole else 0)).to_bytes(DATA_HEADER_BYTES, "little")
+
+
+def decode_data_header(header: bytes) -> tuple[int, bool] | None:
+    """Return the read a data message belongs to, and `whole`; None when the header is not one."""
+    if len(header) != DATA_HEADER_BYTES:
+        return None
+    value = int.from_bytes(header, "little")
+    return value & ~_WHOLE, bool(value & _WHOLE)
 
 
 def _short_list(value: object, limit: int) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from kvmarket.testing.peers import PeerPool
-from kvmarket.transport import ucx
 
 sys.path.insert(0, str(Path(__file__).parent))  # its owners run in processes of their own, and are imported here, too
 
@@ -26,12 +25,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if here in item.path.parents and not item.get_closest_marker("without_ucxx"):
                 item.add_marker(pytest.mark.skip(reason="ucxx is not installed (extra 'ucx')"))
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Machines that run tests are busy; tests of the limit itself set it back."""
-    monkeypatch.setattr(ucx, "CONNECT_S", 10.0)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def pair(hosts, peers):
     owner_net, reader_net = hosts
     # UCX takes them for one host, for they share the kernel and the IPC namespace; between hosts there is only TCP.
     owner = PeerUcxOwner(peers.spawn(), {"network": owner_net, "UCX_TLS": "tcp"}, addresses=())
-    reader = PeerUcxReader(peers.spawn(), {"network": reader_net, "UCX_TLS": "tcp", "connect_s": 1.0})
+    reader = PeerUcxReader(peers.spawn(), {"network": reader_net, "UCX_TLS": "tcp", "options": {"connect_s": 1.0}})
     try:
         lent = owner.lend_pattern(PAGES, PAGE_BYTES)
     except PermissionError as error:

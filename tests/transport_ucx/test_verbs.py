@@ -18,13 +18,15 @@ from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError
 from kvmarket.region.pages import PagedMemory
 from kvmarket.testing.region_owner import page_bytes_of, pattern_page
-from kvmarket.transport import ReadRequest, ucx, ucx_peer
+from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
 
 ADDRESS = os.environ.get("KVMARKET_TEST_VERBS_ADDRESS", "")
 PAGES, PAGE_BYTES = 64, 256 << 10
 MTU_MAX = 4096
 SLOWER = 50.0
+CONNECT_S = 15.0
+"""An emulated machine connects at a tenth of the speed."""
 DEVICES = Path("/sys/class/infiniband")
 
 
@@ -38,13 +40,6 @@ def device(request):
     if request.config.getoption("--require-verbs", default=False):
         pytest.fail(why)
     pytest.skip(why)
-
-
-@pytest.fixture(autouse=True)
-def unhurried(monkeypatch):
-    """An emulated machine connects and answers at a tenth of the speed."""
-    monkeypatch.setattr(ucx_peer, "_SILENT_TICKS_MAX", 300)
-    monkeypatch.setattr(ucx, "CONNECT_S", 15.0)
 
 
 @pytest.fixture
@@ -101,7 +96,7 @@ class Counted:
 class TestTwoSidedOverVerbs(Counted, TwoSidedConformance):
     @pytest.fixture
     def transport(self):
-        transport = UcxTransport({}, require="rdma", one_sided=False)
+        transport = UcxTransport({}, require="rdma", one_sided=False, connect_s=CONNECT_S)
         yield transport
         transport.close()
 
@@ -115,7 +110,7 @@ class TestTwoSidedOverVerbs(Counted, TwoSidedConformance):
 class TestOneSidedOverVerbs(Counted, OneSidedConformance):
     @pytest.fixture
     def transport(self):
-        transport = UcxTransport({}, require="one_sided")
+        transport = UcxTransport({}, require="one_sided", connect_s=CONNECT_S)
         yield transport
         transport.close()
 
@@ -131,7 +126,7 @@ class Setting:
         self.owner = OwnerThere(peer)
         self.lent = self.owner.lend_pattern(PAGES, PAGE_BYTES)
         self.generations = self.owner.validate(0, list(range(PAGES)))
-        self.transport = UcxTransport({}, require="rdma", one_sided=one_sided)
+        self.transport = UcxTransport({}, require="rdma", one_sided=one_sided, connect_s=CONNECT_S)
         self.connection = self.transport.connect(self.lent.owner, self.lent.descriptor)
         self.local = PagedMemory.packed(np.zeros((PAGES, PAGE_BYTES), np.uint8))
         self.arrived = []

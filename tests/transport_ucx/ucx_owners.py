@@ -12,7 +12,7 @@ from kvmarket.errors import TransportError
 from kvmarket.region.pages import PagedMemory
 from kvmarket.testing.networks import enter_network
 from kvmarket.testing.region_owner import Lent, RegionOwner, page_bytes_of, pattern_page
-from kvmarket.transport import ReadRequest, ucx
+from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
 
 
@@ -58,8 +58,8 @@ def in_ucx_peer(state, environ, addresses, method, *args):
 class UcxReader:
     """Reads regions of a `lend_pattern` owner and says what came of it, for a process of its own."""
 
-    def __init__(self):
-        self.transport = UcxTransport(os.environ)
+    def __init__(self, **options):
+        self.transport = UcxTransport(os.environ, **options)
         self.connections = {}
 
     def connect(self, lent):
@@ -91,9 +91,9 @@ def in_reading_peer(state, environ, method, *args):
         network = environ.pop("network", None)
         if network is not None:
             enter_network(network)
-        ucx.CONNECT_S = environ.pop("connect_s", 10.0)
+        options = environ.pop("options", {})
         os.environ.update(environ)
-        state.reader = UcxReader()
+        state.reader = UcxReader(**options)
     return getattr(state.reader, method)(*args)
 
 

@@ -9,7 +9,7 @@ from ucx_owners import PeerUcxOwner, UcxRegionOwner
 
 from kvmarket.testing.region_owner import Lent
 from kvmarket.testing.transport_suite import TransportConformance
-from kvmarket.transport import ucx_rma
+from kvmarket.transport import ucx_rma, ucx_server
 from kvmarket.transport.ucx import UcxTransport
 from kvmarket.transport.ucx_driver import UcxDriver
 
@@ -45,18 +45,24 @@ class TwoSidedConformance(UcxConformance):
     @contextlib.contextmanager
     def during_copy(self, action):
         calls = []
-        send_data = UcxDriver.send_data
+        send_data, bytes_of = UcxDriver.send_data, ucx_server.bytes_of
+
+        def act_once(outcome):
+            calls.append(outcome)
+            if len(calls) == 1:
+                action()
+            return outcome
 
         def send_then_act(driver, endpoint, header, iov, done):
-            def sent(status):
-                calls.append(status)
-                if len(calls) == 1:
-                    action()
-                done(status)
+            send_data(driver, endpoint, header, iov, lambda status: done(act_once(status)))
 
-            send_data(driver, endpoint, header, iov, sent)
+        def copy_then_act(memory, pages):
+            return act_once(bytes_of(memory, pages))
 
-        with mock.patch.object(UcxDriver, "send_data", send_then_act):
+        with (
+            mock.patch.object(UcxDriver, "send_data", send_then_act),
+            mock.patch.object(ucx_server, "bytes_of", copy_then_act),
+        ):
             yield
         assert calls, "nothing was sent"
 

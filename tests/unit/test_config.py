@@ -9,6 +9,7 @@ from kvmarket.errors import ConfigError
 GOOD = {
     "KVMARKET_TRANSPORT": ("shm", "transport", "shm"),
     "KVMARKET_UCX_REQUIRE": ("rdma", "ucx_require", "rdma"),
+    "KVMARKET_UCX_CONNECT_S": ("7.5", "ucx_connect_s", 7.5),
     "KVMARKET_UCX_ADDRESSES": ("10.1.2.3,fd00::1", "ucx_addresses", "10.1.2.3,fd00::1"),
     "KVMARKET_REGISTRY": ("lmdb:///run/market", "registry", "lmdb:///run/market"),
     "KVMARKET_RUNTIME_DIR": ("/run/x", "runtime_dir", "/run/x"),

@@ -30,7 +30,7 @@ class FakeTransport(Transport):
         self.scheme, self._error, self._gate = scheme, error, gate
         self.made, self.closed = [], 0
 
-    def connect(self, owner, descriptor):
+    def connect(self, owner, descriptor, deadline=None):
         if self._gate:
             self._gate.wait()
         if self._error:
