@@ -25,6 +25,7 @@ from kvmarket.transport.ucx_cma import CmaRegion
 from kvmarket.transport.ucx_connect import PEERS_KEPT, Endpoints, PeerTable
 from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import local_iov
+from kvmarket.transport.ucx_listen import uses_ipv6
 from kvmarket.transport.ucx_peer import CONNECT_S, GroupResult, Peer, Transfer
 from kvmarket.transport.ucx_read import GroupedRead
 from kvmarket.transport.ucx_rma import OneSidedRead, RemoteGroup, RemoteRegion
@@ -79,7 +80,8 @@ class UcxTransport(ServingTransport):
         cma_readers: int = 1,
         connect_s: float = CONNECT_S,
     ) -> None:
-        self.settings = ucx_settings(environ)
+        self._ipv6 = uses_ipv6(environ, addresses)
+        self.settings = ucx_settings(environ, ipv6=self._ipv6)
         self._addresses, self._one_sided = addresses, one_sided
         self._direct, self.cma_readers = direct, cma_readers
         self._lock = threading.Lock()
@@ -105,7 +107,7 @@ class UcxTransport(ServingTransport):
             if self._driver is not None and not self._driver.alive:
                 raise TransportUnavailableError("the UCX driver has stopped", scheme=self.scheme)
             if self._driver is None:
-                self._driver = UcxDriver(self.settings)
+                self._driver = UcxDriver(self.settings, ipv6=self._ipv6)
                 self.settings = self._driver.settings
                 logger.debug("kvmarket: UCX %s with settings made here: %s", ucx_version(), self.settings)
             return self._driver

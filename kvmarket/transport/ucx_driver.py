@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from ctypes import string_at
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmarket.errors import TransportUnavailableError
+from kvmarket.errors import ConnectError, TransportUnavailableError
 from kvmarket.transport import ucx_api as api
-from kvmarket.transport.ucx_listen import Listener6
+from kvmarket.transport.ucx_listen import Listener6, is_ipv6
 from kvmarket.transport.ucx_open import load_ucxx, make_context
 from kvmarket.transport.ucx_operations import CONTROL_ID, DATA_ID, Endpoint, Handler, Operations, Payload
 from kvmarket.transport.ucx_wire import DATA_HEADER_BYTES, MESSAGE_BYTES_MAX
@@ -43,12 +43,13 @@ class UcxDriver(Operations):
     Args:
         settings: UCX settings without their prefix, see `kvmarket.transport.ucx_settings`. Afterwards `settings` has
             those that UCX took.
+        ipv6: which kind of addresses its lanes have, and so which it listens on and connects to.
 
     Raises:
         MissingExtraError, TransportUnavailableError: UCX cannot be used in this process.
     """
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, settings: Mapping[str, str], *, ipv6: bool = False) -> None:
         self._ucxx = load_ucxx()
         super().__init__()
         self.settings = dict(settings)
@@ -58,6 +59,7 @@ class UcxDriver(Operations):
         self._endpoints: dict[int, Endpoint] = {}
         self.tickers: set[Callable[[float], None]] = set()
         self._next_tick = 0.0
+        self.ipv6 = ipv6
         self._stopping = False
         self._turn = threading.Lock()
         self._listener: Any = None
@@ -128,34 +130,37 @@ class UcxDriver(Operations):
     # ---- endpoints
 
     def connect(self, address: str, port: int, handler: Handler) -> Endpoint:
-        """Start connecting to a listener; messages may be sent at once. Failure arrives as `on_closed`."""
+        """Start connecting to a listener; messages may be sent at once. Failure arrives as `on_closed`.
+
+        Raises:
+            ConnectError: the address is not of the kind that this process uses.
+        """
+        if is_ipv6(address) != self.ipv6:
+            kinds = ("IPv4", "IPv6")
+            why = f"it has {kinds[not self.ipv6]}, and UCX uses {kinds[self.ipv6]} here: see UCX_TCP_AF_PRIO"
+            raise ConnectError(why, scheme="ucx", peer=f"{address}:{port}")
         raw = self._ucxx.UCXEndpoint.create(self.worker, address, port, True)
         return self._adopt(raw, handler)
 
     def listen(self, accept: Callable[[Endpoint], Handler]) -> int:
-        """Listen on a free port of every IPv4 address and return the port. There is one listener.
+        """Listen on a free port of every address and return the port. Once.
 
         Args:
             accept: gives each new connection its handler.
-        """
-        self._listener = self._ucxx.UCXListener.create(self.worker, 0, self._acceptor(accept))
-        return int(self._listener.port)
-
-    def listen6(self, accept: Callable[[Endpoint], Handler]) -> int:
-        """Do the same for IPv6, besides `listen`.
 
         Raises:
-            UcxError: this host has no IPv6.
+            UcxError: this host has no such addresses.
         """
-        self._listener6 = Listener6(self._worker, self._acceptor(accept))
-        return self._listener6.port
 
-    def _acceptor(self, accept: Callable[[Endpoint], Handler]) -> Callable[[int], None]:
         def on_request(request: int) -> None:
             endpoint = self._adopt(self._listener.create_endpoint_from_conn_request(request, True), None)
             endpoint.handler = accept(endpoint)
 
-        return on_request
+        self._listener = self._ucxx.UCXListener.create(self.worker, 0, on_request)  # it makes endpoints for the other
+        if self.ipv6:
+            self._listener6 = Listener6(self._worker, on_request)
+            return self._listener6.port
+        return int(self._listener.port)
 
     def stop_listening(self) -> None:
         """Take no more connections. Idempotent."""

@@ -1,4 +1,9 @@
-"""Listening on IPv6, and the addresses that an owner announces: ucxx's own listener takes IPv4 only."""
+"""Listening on IPv6, which ucxx's own listener does not, and the addresses that an owner announces.
+
+A process uses one kind of addresses. UCX gives each network device one address for its lanes, IPv4 where it has both
+kinds, and a connection made over the other kind fails, or worse: with UCX 1.21 on a device of both kinds an owner that
+took a connection over IPv6 overwrote its own heap. So what listens, connects and is announced is of the kind of lanes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,9 @@ from typing import TYPE_CHECKING
 from kvmarket.transport import ucx_api as api
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+IPV6_TABLE = Path("/proc/net/if_inet6")
 _SOCK_ADDR, _CONN_HANDLER = 1 << 0, 1 << 2
 _STORAGE_BYTES = 128
 _ConnCallback = c.CFUNCTYPE(None, c.c_void_p, c.c_void_p)
@@ -92,13 +98,31 @@ def is_ipv6(address: str) -> bool:
     return ipaddress.ip_address(address).version == 6  # noqa: PLR2004 - its name
 
 
-def host_addresses(table: Path = Path("/proc/net/if_inet6")) -> tuple[str, ...]:
-    """Return the addresses of this host's interfaces, IPv4 first; loopback only when there is no other.
+def uses_ipv6(environ: Mapping[str, str], addresses: tuple[str, ...]) -> bool:
+    """Tell the kind of addresses for a process, IPv4 unless one of these says otherwise.
+
+    They are: the user's choice of lanes; the addresses to announce, if all are IPv6; a host that has nothing else.
+    """
+    chosen = environ.get("UCX_TCP_AF_PRIO")
+    if chosen is not None:
+        return chosen.strip().startswith("inet6")
+    if addresses:
+        return all(map(is_ipv6, addresses))
+    return not _beyond(_ipv4_addresses()) and bool(_beyond(_ipv6_addresses(IPV6_TABLE)))
+
+
+def host_addresses(*, ipv6: bool, table: Path = IPV6_TABLE) -> tuple[str, ...]:
+    """Return the addresses of one kind of this host's interfaces; loopback only when there is no other.
 
     IPv6 addresses are those that other hosts can use as they are: neither link-local nor about to vanish.
     """
-    found = [*_ipv4_addresses(), *_ipv6_addresses(table)]
-    return tuple(address for address in found if not ipaddress.ip_address(address).is_loopback) or ("127.0.0.1",)
+    if ipv6:
+        return _beyond(_ipv6_addresses(table)) or ("::1",)
+    return _beyond(_ipv4_addresses()) or ("127.0.0.1",)
+
+
+def _beyond(addresses: list[str]) -> tuple[str, ...]:
+    return tuple(address for address in addresses if not ipaddress.ip_address(address).is_loopback)
 
 
 def _ipv4_addresses() -> list[str]:

@@ -301,7 +301,7 @@ class Peer:
         """Every 50 ms while an answer is owed. Counted in ticks, so that a pause of this process blames nobody."""
         if not self.ready.done():
             if now > self._connect_until:
-                self.close(f"it does not answer: no connection within {self._connect_s:g} s")
+                self.close(f"it does not answer: no connection within {self._connect_s:.2g} s")
             return
         self._silent_ticks += 1
         if self._silent_ticks > _SILENT_TICKS_MAX:

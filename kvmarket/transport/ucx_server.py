@@ -87,7 +87,7 @@ class UcxServer:
         addresses: addresses to announce; default: this host's, see `host_addresses`.
 
     Raises:
-        TransportUnavailableError: one of `addresses` cannot be listened on.
+        TransportUnavailableError: this host has no addresses of the kind that the driver uses.
     """
 
     def __init__(self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...] = ()) -> None:
@@ -95,21 +95,14 @@ class UcxServer:
         self.regions: dict[int, LentRegion] = {}
         self.sessions: set[ServerSession] = set()
         self._keys: dict[int, RegionKeys] = {}
-        port = driver.call(lambda: driver.listen(self._accept), CALL_S)
-        chosen = addresses or host_addresses()
-        port6 = self._listen6(asked_for=bool(addresses)) if any(map(is_ipv6, chosen)) else 0
-        found = [(address, port6 if is_ipv6(address) else port) for address in chosen]
-        self.endpoints = tuple((address, at) for address, at in found if at)
-
-    def _listen6(self, *, asked_for: bool) -> int:
-        """Return the port, or 0 where IPv6 addresses were only found and cannot be listened on."""
         try:
-            return self.driver.call(lambda: self.driver.listen6(self._accept), CALL_S)
+            port = driver.call(lambda: driver.listen(self._accept), CALL_S)
         except api.UcxError as error:
-            if asked_for:
-                raise TransportUnavailableError(f"cannot listen: {error}", scheme="ucx") from error
-            logger.warning("kvmarket: no readers over IPv6: %s", error)
-            return 0
+            raise TransportUnavailableError(f"cannot listen: {error}", scheme="ucx") from error
+        chosen = [address for address in addresses if is_ipv6(address) == driver.ipv6]
+        if len(chosen) < len(addresses):
+            logger.warning("kvmarket: of %s only %s are announced: UCX uses one kind of addresses", addresses, chosen)
+        self.endpoints = tuple((address, port) for address in chosen or host_addresses(ipv6=driver.ipv6))
 
     def add(self, region: LentRegion) -> None:
         """Serve a region from now on. Any thread."""

@@ -30,9 +30,13 @@ ONE_SIDED = frozenset({"cma", "xpmem", "knem"})
 REQUIREMENTS = ("", "rdma", "shm", "one_sided")
 
 
-def ucx_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings to apply (without the ``UCX_`` prefix): `DEFAULTS` less what `environ` already names."""
-    return {name: value for name, value in DEFAULTS.items() if f"UCX_{name}" not in environ}
+def ucx_settings(environ: Mapping[str, str], *, ipv6: bool = False) -> dict[str, str]:
+    """Return the settings to apply (without the ``UCX_`` prefix): ours less what `environ` already names.
+
+    With `ipv6` lanes have IPv6 addresses also where a device has both kinds, see `kvmarket.transport.ucx_listen`.
+    """
+    ours = DEFAULTS | ({"TCP_AF_PRIO": "inet6,inet"} if ipv6 else {})
+    return {name: value for name, value in ours.items() if f"UCX_{name}" not in environ}
 
 
 def is_rdma(transport: str) -> bool:

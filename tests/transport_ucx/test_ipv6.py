@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from ucx_owners import PeerUcxOwner, PeerUcxReader, UcxReader
 
+from kvmarket.errors import TransportUnavailableError
 from kvmarket.testing.networks import DEVICES, hosts_or_skip, ip
 from kvmarket.transport.ucx import UcxTransport
-from kvmarket.transport.ucx_listen import host_addresses, is_ipv6
+from kvmarket.transport.ucx_listen import host_addresses, is_ipv6, uses_ipv6
+from kvmarket.transport.ucx_settings import ucx_settings
 
 PAGES, PAGE_BYTES = 64, 64 << 10
 NO_TEMPORARY = """\
@@ -26,11 +28,20 @@ has_ipv6 = pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="
 def test_announced_are_addresses_that_other_hosts_can_use(tmp_path):
     table = tmp_path / "if_inet6"
     table.write_text(NO_TEMPORARY)
-    assert [address for address in host_addresses(table) if is_ipv6(address)] == ["fd00::2"]
-    without = host_addresses(tmp_path / "none")
-    assert without
-    assert not any(map(is_ipv6, without))
-    assert [is_ipv6(address) for address in host_addresses(table)] == [False] * len(without) + [True]
+    assert host_addresses(ipv6=True, table=table) == ("fd00::2",)
+    assert host_addresses(ipv6=True, table=tmp_path / "none") == ("::1",)
+    assert not any(map(is_ipv6, host_addresses(ipv6=False)))
+
+
+@pytest.mark.without_ucxx
+def test_one_kind_of_addresses_is_used_and_the_user_decides_which():
+    assert not uses_ipv6({}, ("10.0.0.1",))
+    assert not uses_ipv6({}, ("10.0.0.1", "fd00::1"))
+    assert uses_ipv6({}, ("fd00::1",))
+    assert uses_ipv6({"UCX_TCP_AF_PRIO": "inet6,inet"}, ("10.0.0.1",))
+    assert not uses_ipv6({"UCX_TCP_AF_PRIO": "inet,inet6"}, ("fd00::1",))
+    assert ucx_settings({}, ipv6=True)["TCP_AF_PRIO"] == "inet6,inet"
+    assert "TCP_AF_PRIO" not in ucx_settings({})
 
 
 @has_ipv6
@@ -44,7 +55,7 @@ def test_pages_are_read_from_an_owner_that_only_has_ipv6(peers, monkeypatch, lan
     ((address, port),) = lent.descriptor.endpoints["ucx"]
     assert address == "::1"
     assert port
-    reader = UcxReader()
+    reader = UcxReader(addresses=("::1",))
     try:
         assert reader.connect(lent).startswith("am(tcp" if lanes == "tcp" else "cma(")
         _, pages, refused, error, wrong = reader.read(lent, generations, 20.0)
@@ -54,15 +65,29 @@ def test_pages_are_read_from_an_owner_that_only_has_ipv6(peers, monkeypatch, lan
 
 
 @has_ipv6
-def test_both_kinds_of_addresses_have_a_port_of_their_own_and_neither_is_left_open():
-    transport = UcxTransport(os.environ, addresses=("127.0.0.1", "::1"))
+def test_connections_over_the_other_kind_of_addresses_are_refused_before_ucx_sees_them(peers):
+    """On a device of both kinds UCX overwrites memory when it takes one."""
+    owner = PeerUcxOwner(peers.spawn(), addresses=("::1", "127.0.0.1"))
+    lent = owner.lend_pattern(PAGES, PAGE_BYTES)
+    ((address, port),) = lent.descriptor.endpoints["ucx"]
+    assert address == "127.0.0.1"
+    assert not listening(port)
+    reader = UcxReader(addresses=("::1",))
     try:
-        (first, port), (second, port6) = transport.serve(bytes(16))
-        assert (first, second) == ("127.0.0.1", "::1")
-        assert port != port6
-        assert listening(port6)
+        with pytest.raises(TransportUnavailableError, match="it has IPv4, and UCX uses IPv6 here"):
+            reader.connect(lent)
+    finally:
+        reader.transport.close()
+
+
+@has_ipv6
+def test_an_owner_that_stops_serving_does_not_listen_any_more():
+    transport = UcxTransport(os.environ, addresses=("::1",))
+    try:
+        ((_, port),) = transport.serve(bytes(16))
+        assert listening(port)
         transport.stop_serving()
-        assert not listening(port6)
+        assert not listening(port)
     finally:
         transport.close()
 

@@ -18,6 +18,7 @@ from kvmarket.shared_read import SharedRead
 from kvmarket.testing.region_owner import pattern_page
 from kvmarket.transport import ReadRequest, ucx_cma
 from kvmarket.transport.ucx import UcxTransport
+from kvmarket.transport.ucx_connect import PeerTable
 from kvmarket.verification import Verification
 
 PAGES, PAGE_BYTES = 512, 64 << 10
@@ -179,8 +180,8 @@ def test_a_connection_cut_between_reads_is_made_again_once_for_both_threads(worl
     one.transport.driver.call(lambda: peer.close("cut by the test"), 5.0)
     assert peer.dead
     opened = []
-    open_peer = UcxTransport._open_peer
-    monkeypatch.setattr(UcxTransport, "_open_peer", lambda *args: opened.append(1) or open_peer(*args))
+    connect = PeerTable._connect
+    monkeypatch.setattr(PeerTable, "_connect", lambda *args: opened.append(1) or connect(*args))
     out, shared = one.reading()
     report = shared.run(helper)
     assert report.pages == PAGES

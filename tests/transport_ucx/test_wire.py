@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from ucx_owners import PeerUcxOwner, UcxRegionOwner
 
 from kvmarket.region.pages import PageLayout
+from kvmarket.transport import ucx_server
 from kvmarket.transport.ucx import UcxTransport
-from kvmarket.transport.ucx_driver import Payload
+from kvmarket.transport.ucx_operations import Payload
 from kvmarket.transport.ucx_peer import Peer
 from kvmarket.transport.ucx_server import ServerSession
 from kvmarket.transport.ucx_wire import (
@@ -96,7 +97,7 @@ def test_reads_carry_pages_and_generations():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "chosen"), [(1, 1, 1), (1, 9, VERSION_MAX), (0, 1, 1), (2, 9, None), (0, 0, None)]
+    ("low", "high", "chosen"), [(1, 1, 1), (1, 9, VERSION_MAX), (0, 1, 1), (2, 9, 2), (3, 9, None), (0, 0, None)]
 )
 def test_the_highest_common_version_is_chosen(low, high, chosen):
     assert common_version(Hello(low, high, INCARNATION)) == chosen
@@ -105,7 +106,8 @@ def test_the_highest_common_version_is_chosen(low, high, chosen):
 @given(st.binary(max_size=64))
 def test_data_headers(data):
     assert (decode_data_header(data) is None) == (len(data) != 8)
-    assert decode_data_header(encode_data_header(77)) == 77
+    assert decode_data_header(encode_data_header(77)) == (77, False)
+    assert decode_data_header(encode_data_header(77, whole=True)) == (77, True)
 
 
 @pytest.mark.parametrize(
@@ -280,9 +282,38 @@ def test_an_owner_refuses_other_versions_and_other_incarnations(region_owner):
     session.on_control(encode(Hello(1, 1, bytes(16))))
     assert answers[-1].code == "incarnation"
     session.on_control(encode(Hello(1, 3, INCARNATION)))
-    assert answers[-1] == Welcome(1)
+    assert answers[-1] == Welcome(VERSION_MAX)
     session.on_control(encode(Describe(5, 99, False)))
     assert (answers[-1].code, answers[-1].transfer) == ("region", 5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_short_reads_are_one_message_from_version_2_on(region_owner, version):
+    sent = []
+    driver = Recorder()
+    driver.send_data = lambda endpoint, header, iov, done: (sent.append((header, None)), done(0))
+    driver.send_short = lambda endpoint, header, data: sent.append((header, data))
+    driver.send_control = lambda endpoint, data: sent.append(decode(data))
+    session = ServerSession(FakeServer(driver, region_owner), object())
+    session.on_control(encode(Hello(1, version, INCARNATION)))
+    generations = region_owner.validate(0, [0, 1, 2, 3])
+    session.on_control(encode(Read.of(5, 0, np.array([1, 3]), generations[[1, 3]])))
+    whole = encode_data_header(5, whole=True), b"x" * 128
+    assert sent[1:] == ([whole] if version > 1 else [(encode_data_header(5), None), Trailer(5, [], [])])
+
+
+def test_a_page_torn_in_a_short_read_is_named_in_a_trailer(region_owner, monkeypatch):
+    sent = []
+    driver = Recorder()
+    driver.send_short = lambda endpoint, header, data: sent.append(header)
+    driver.send_control = lambda endpoint, data: sent.append(decode(data))
+    session = ServerSession(FakeServer(driver, region_owner), object())
+    session.on_control(encode(Hello(1, 2, INCARNATION)))
+    generations = region_owner.validate(0, [0, 1, 2, 3])
+    copy = ucx_server.bytes_of
+    monkeypatch.setattr(ucx_server, "bytes_of", lambda *args: (copy(*args), region_owner.invalidate(0, [3]))[0])
+    session.on_control(encode(Read.of(5, 0, np.array([1, 3]), generations[[1, 3]])))
+    assert sent[1:] == [encode_data_header(5), Trailer(5, [], [1])]
 
 
 def test_a_reader_that_never_says_hello_is_dropped(region_owner):

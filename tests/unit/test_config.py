@@ -26,6 +26,7 @@ GOOD = {
 BAD = {
     "KVMARKET_TRANSPORT": ["", "SHM", "rdma"],
     "KVMARKET_UCX_REQUIRE": ["tcp", "RDMA"],
+    "KVMARKET_UCX_CONNECT_S": ["0", "-1", "nan", "soon", "1e9"],
     "KVMARKET_UCX_ADDRESSES": ["eth0", "10.1.2.3:80", "10.1.2", "10.1.2.3;10.1.2.4"],
     "KVMARKET_REGISTRY": ["", "redis", "lmdb://", "lmdb://relative", "lmdb:/x"],
     "KVMARKET_HASH": ["", "md5", "hash"],
