@@ -204,7 +204,7 @@ class Fetcher:
         outcome: Outcome,
     ) -> int:
         """Read consecutive blocks of one region; return how many leading ones are good."""
-        connection = self.open(run, owner, local, outcome)
+        connection = self.open(run, owner, local, outcome, deadline)
         if connection is None:
             return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
@@ -221,7 +221,9 @@ class Fetcher:
         outcome.blocks_verified += verification.blocks
         return self.adopt(report, len(run), owner, outcome)
 
-    def open(self, run: BlockRecords, owner: OwnerInfo, local: PagedMemory, outcome: Outcome) -> Connection | None:
+    def open(
+        self, run: BlockRecords, owner: OwnerInfo, local: PagedMemory, outcome: Outcome, deadline: Deadline
+    ) -> Connection | None:
         """Return a connection that reads the region of `run` into `local`, or None; `outcome` then says why."""
         began = time.perf_counter()
         try:

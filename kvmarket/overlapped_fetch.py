@@ -114,7 +114,7 @@ class OverlappedFetch:
         if run is None:
             return False
         owner = lookup.owners[int(run["owner"][0])]
-        connection = self._fetcher.open(run, owner, self._local, Outcome())
+        connection = self._fetcher.open(run, owner, self._local, Outcome(), self._deadline)
         if connection is None or not connection.digests:
             return False
         try:

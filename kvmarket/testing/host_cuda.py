@@ -47,6 +47,9 @@ class HostCuda(CudaApi):
         self._allocations: list[SharedMemory] = []
         self.exportable = True
 
+    def make_current(self, device: int) -> None:
+        """There is no context."""
+
     def device_of(self, array: Any) -> int:
         del array
         return 0

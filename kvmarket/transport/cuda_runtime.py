@@ -62,6 +62,10 @@ class CupyCuda(CudaApi):
 
     # ---- cards and memory
 
+    def make_current(self, device: int) -> None:
+        self._runtime.setDevice(device)
+        self._runtime.free(0)  # makes the context, if there is none yet
+
     def device_of(self, array: Any) -> int:
         return int(array.data.device_id)
 

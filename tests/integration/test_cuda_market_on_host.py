@@ -142,7 +142,7 @@ def test_markets_of_one_process_share_without_a_handle(api, open_core):
 
 @pytest.mark.parametrize("transport", ["shm", "inproc"])
 def test_cuda_memory_needs_a_transport_that_reads_it(api, open_core, transport):
-    with pytest.raises(InvalidInputError, match="use auto or cuda_ipc"):
+    with pytest.raises(InvalidInputError, match="use auto, cuda_ipc or ucx"):
         open_core(transport=transport).lend(pages_on(api, 1))
 
 
