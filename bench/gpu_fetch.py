@@ -359,7 +359,7 @@ async def main() -> None:
     if "ms" in result.get("prefill", {}):
         ratio = result["prefill"]["ms"] / result["fetch_ms"]
         print(
-            f"prefill of 8,192 tokens {result['prefill']['ms']:.1f} ms, fetch {result['fetch_ms']:.2f} ms: {ratio:.0f} x"
+            f"prefill {result['prefill']['ms']:.1f} ms, fetch {result['fetch_ms']:.2f} ms: {ratio:.0f} x"
         )
     print(json.dumps({k: _rounded(v) for k, v in result.items()}))
 

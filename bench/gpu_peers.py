@@ -3,8 +3,8 @@
     python bench/gpu_peers.py nixl|ucxx [--card 0 --source-card 0]
 
 ``nixl``: READ, one-sided, with UCX's GET over cuda_ipc enabled, which is off by default; 1 GiB and 1 MiB in one piece,
-and 1 GiB in 32,768 slices of 32 KiB, one descriptor each, scattered on both sides. ``ucxx``: its tag messages over cuda_ipc
-in one piece, polling; it has no scattered reads. Medians; all bytes are compared once.
+and 1 GiB in 32,768 slices of 32 KiB, one descriptor each, scattered on both sides. ``ucxx``: its tag messages over
+cuda_ipc in one piece, polling; it has no scattered reads. Medians; all bytes are compared once.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class CudaApi(ABC):
 
     @abstractmethod
     def peer_access(self, here: int, there: int) -> bool:
-        """Let card `here` read this process's memory on card `there`; return False when the cards cannot."""
+        """Let cards `here` and `there` read each other; return False when `here` cannot read memory of `there`."""
 
     @abstractmethod
     def pointer(self, array: Any) -> int:

@@ -251,6 +251,8 @@ class LmdbRegistry(Registry):
         collect(cursor, _u32(epoch), keys, blocks, values)
         records = decode_records(blocks, values)
         dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
+        if not dead and len(blocks) == len(keys) == len(records) and blocks[-1] == len(keys) - 1:
+            return records, len(keys), ""  # one record each
         run = complete = run_length(records["block"])
         if dead:
             records = records[~np.isin(records["owner"], dead)]

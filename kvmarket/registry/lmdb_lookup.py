@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kvmarket.registry.lmdb_reading import Reading
 
 
+_OPAQUE = np.dtype(f"V{RECORD.itemsize}")
+
+
 class LmdbLookup(Lookup):
     """A look-up in parts, in one transaction."""
 
@@ -64,7 +67,9 @@ class LmdbLookup(Lookup):
 
     def result(self) -> LookupResult:
         found = self._found
-        records = found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, RECORD)
+        records = found[0] if len(found) == 1 else np.empty(0, RECORD)
+        if len(found) > 1:  # as opaque items, because numpy compares the fields of each part otherwise
+            records = np.concatenate([part.view(_OPAQUE) for part in found]).view(RECORD)
         used = set(distinct(records["owner"]))
         living = {owner: info for owner, info in self._living.items() if owner in used}
         return LookupResult(self.epoch, self._blocks, records, self._ended, living)
