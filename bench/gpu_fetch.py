@@ -358,9 +358,7 @@ async def main() -> None:
         print(f"{name:20} {median:12.1f} us  (min {low:.1f}, max {high:.1f})")
     if "ms" in result.get("prefill", {}):
         ratio = result["prefill"]["ms"] / result["fetch_ms"]
-        print(
-            f"prefill {result['prefill']['ms']:.1f} ms, fetch {result['fetch_ms']:.2f} ms: {ratio:.0f} x"
-        )
+        print(f"prefill {result['prefill']['ms']:.1f} ms, fetch {result['fetch_ms']:.2f} ms: {ratio:.0f} x")
     print(json.dumps({k: _rounded(v) for k, v in result.items()}))
 
 
