@@ -31,7 +31,7 @@ from kvmarket.registry.lmdb_cursors import (
     run_has_owner,
 )
 from kvmarket.registry.lmdb_file import acquire_file, release_file
-from kvmarket.registry.lmdb_lookup import LmdbLookup, distinct
+from kvmarket.registry.lmdb_lookup import Answer, Answers, LmdbLookup, distinct
 from kvmarket.registry.records import (
     HEAD_BYTES,
     OWNER_AT,
@@ -75,6 +75,7 @@ class LmdbRegistry(Registry):
         self._sweep_keys = max(1, min(SWEEP_KEYS_MAX, self._file.limit_bytes // SWEEP_BYTES_PER_KEY))
         self._owner_cache: dict[int, OwnerInfo] = {}
         self._epoch_read: tuple[bytes, int] = (b"", 0)
+        self._answers = Answers()
         self._closed = False
 
     # ---- owners
@@ -246,6 +247,16 @@ class LmdbRegistry(Registry):
             Records of the leading run that living owners hold, sorted by block, the first key's being 0; its length;
             and what ended it, as in `LookupResult`.
         """
+        known = self._answers.get(txn.id(), epoch, keys)
+        if known is not None and all(self._is_living(txn, owner, living) for owner in known.owners):
+            return known.records.copy(), known.run, known.ended
+        found = self._look_up(txn, cursor, epoch, keys, living)
+        self._answers.put(Answer(txn.id(), epoch, list(keys), *found, distinct(found[0]["owner"])))
+        return found[0].copy(), *found[1:]
+
+    def _look_up(
+        self, txn: Transaction, cursor: Any, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
+    ) -> tuple[BlockRecords, int, str]:
         values: list[bytes] = []
         blocks: list[int] = []
         collect(cursor, _u32(epoch), keys, blocks, values)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from kvmarket.registry.lmdb_reading import Reading
 
 
+ANSWERS_MAX = 64
+ANSWER_BLOCKS_MAX = 1024
+"""Look-ups remembered, and of how many blocks each at most: some 8 MiB."""
 _OPAQUE = np.dtype(f"V{RECORD.itemsize}")
 
 
@@ -73,6 +79,51 @@ class LmdbLookup(Lookup):
         used = set(distinct(records["owner"]))
         living = {owner: info for owner, info in self._living.items() if owner in used}
         return LookupResult(self.epoch, self._blocks, records, self._ended, living)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a look-up found.
+
+    Attributes:
+        snapshot: the number of the transaction that wrote the file last: as long as it stays, so does the answer, but
+            for owners that have died since.
+        epoch, keys: what was asked.
+        records, run, ended: what was found, see `LmdbRegistry.lookup_some`.
+        owners: whose records those are.
+    """
+
+    snapshot: int
+    epoch: int
+    keys: list[bytes]
+    records: BlockRecords
+    run: int
+    ended: str
+    owners: list[int]
+
+
+class Answers:
+    """The last look-ups: a prompt is matched and then fetched, and mostly nobody wrote in between. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, Answer] = OrderedDict()
+
+    def get(self, snapshot: int, epoch: int, keys: Sequence[bytes]) -> Answer | None:
+        """Return the answer to the same question about the same snapshot, if it is known."""
+        answer = self._kept.get(keys[0])
+        if answer is None or answer.snapshot != snapshot or answer.epoch != epoch or answer.keys != keys:
+            return None
+        return answer
+
+    def put(self, answer: Answer) -> None:
+        """Remember an answer."""
+        if len(answer.keys) > ANSWER_BLOCKS_MAX:
+            return
+        with self._lock:
+            self._kept[answer.keys[0]] = answer
+            while len(self._kept) > ANSWERS_MAX:
+                self._kept.popitem(last=False)
 
 
 def distinct(owners: np.ndarray) -> list[int]:

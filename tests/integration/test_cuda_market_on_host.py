@@ -440,3 +440,22 @@ def test_an_error_meanwhile_leaves_no_copy_behind(peers, runtime_dir, api, open_
     with pytest.raises(InvalidInputError, match="bad keys"):
         fetch_in_groups(open_core(), pages_on(api, 2), groups())
     assert waited
+
+
+def test_an_answer_remembered_is_forgotten_with_the_first_write_and_with_its_owner(peers, runtime_dir, api, open_core):
+    first, core = peers.spawn(), open_core()
+    first.call(publish, str(runtime_dir))
+    for _ in range(3):
+        assert fetch_in_groups(core, pages_on(api, 2)).outcome.blocks == PAGES
+        assert core.fetcher.lookup(KEYS[:20])[0].blocks == 20
+        assert core.fetcher.lookup(KEYS)[0].blocks == PAGES
+    second = peers.spawn()
+    second.call(publish, str(runtime_dir))
+    assert len(core.fetcher.lookup(KEYS)[0].owners) == 2
+    first.kill()
+    assert len(core.fetcher.lookup(KEYS)[0].owners) == 1
+    assert fetch_in_groups(core, pages_on(api, 2)).outcome.blocks == PAGES
+    second.kill()
+    assert core.fetcher.lookup(KEYS)[0].blocks == 0
+    core.bump_epoch()
+    assert core.fetcher.lookup(KEYS)[:2][1] is MissReason.NOT_PUBLISHED
