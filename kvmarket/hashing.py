@@ -24,6 +24,7 @@ TokenIds = Any
 HashFunction = Callable[[bytes], bytes]
 
 TOKEN_ID_MAX = 2**32 - 1
+_TOKEN = np.dtype("<u4")
 
 
 def _sha256(data: bytes) -> bytes:
@@ -72,6 +73,8 @@ def token_array(tokens: TokenIds) -> np.ndarray:
     Raises:
         InvalidInputError: empty, not one-dimensional, not integers, negative, or above `TOKEN_ID_MAX`.
     """
+    if type(tokens) is np.ndarray and tokens.dtype == _TOKEN and tokens.ndim == 1 and tokens.size:
+        return np.ascontiguousarray(tokens)  # as this function makes them: every value is in range
     if hasattr(tokens, "detach"):  # a torch tensor, on any device
         if tokens.is_floating_point() or tokens.is_complex():  # numpy does not know all of these
             raise InvalidInputError(f"tokens must be integers within [0, {TOKEN_ID_MAX}], not {tokens.dtype}")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from kvmarket.region.cuda import CudaPagedMemory
 
+BUSY_S = 0.0001
+"""A wait asks this long without leaving the processor; each question lets other threads of Python go on."""
 SPIN_S = 0.002
 """A wait polls this long without sleeping."""
 POLL_S = 0.0002
@@ -101,10 +103,10 @@ class Lane:
                 spent = time.monotonic() - began
                 if spent > STUCK_S:
                     raise TransferError(f"the card did not finish within {STUCK_S:.0f} s", scheme=SCHEME)
-                if spent < SPIN_S:
-                    os.sched_yield()  # a sleep of 0 would take some 50 us
-                else:
+                if spent > SPIN_S:
                     time.sleep(POLL_S)
+                elif spent > BUSY_S:
+                    os.sched_yield()  # a sleep of 0 would take some 50 us
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             raise TransferError(f"the card failed: {error}", scheme=SCHEME) from error
 
