@@ -1,4 +1,4 @@
-"""Fetching pages of a card over UCX between two processes of one host: staged on both cards, by whatever lanes it finds.
+"""Fetching pages of a card over UCX between two processes of one host: staged on both, by whatever lanes it finds.
 
 512 MiB of an 8B model's KV in 64 slices of 32 KiB a block. Medians; the last line is JSON. The environment's
 ``UCX_TLS=tcp,cuda_copy,self`` shows the way through the host.
