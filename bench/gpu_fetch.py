@@ -142,15 +142,18 @@ class Side:
     def fetch(self) -> None:
         """Everything: hash the tokens, look them up, read into scattered pages, verify."""
         self.prefix_keys.clear()
-        self.fetch_again()
+        self._whole_fetch("fetch")
 
     def fetch_again(self) -> None:
         """The same for a prompt that was hashed before, as in `Marketplace`."""
+        self._whole_fetch("fetch_again")
+
+    def _whole_fetch(self, level: str) -> None:
         groups = self.prefix_keys.groups(token_array(self.tokens))
         outcome = self.core.fetcher.fetch(groups, self.local, self.local_pages, Deadline(20)).outcome
         require(outcome.blocks == self.blocks, outcome)
         for name, seconds in outcome.stages.items():
-            self.stages.setdefault(name, []).append(seconds)
+            self.stages.setdefault(f"{level} {name}", []).append(seconds)
 
     def read_found(self) -> None:
         """What of `fetch` comes behind the look-up."""
