@@ -23,7 +23,7 @@ PREFIX = "KVMARKET_"
 _SERVICE_LINK = re.compile(r"KVMARKET_(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 """What Kubernetes puts into every container's environment for a service of the name ``kvmarket``."""
 TRANSPORTS = ("auto", "inproc", "shm", "cuda_ipc", "ucx")
-UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided")
+UCX_REQUIREMENTS = ("", "rdma", "shm", "one_sided", "no_host_bounce")
 HIDDEN = ("salt", "secret")
 """Settings whose values are never shown."""
 SECONDS_MAX = 1e9
@@ -153,7 +153,8 @@ class MarketConfig:
 
     Attributes:
         transport: ``auto`` (by locality and kind of memory, after a probe), ``inproc``, ``shm``, ``cuda_ipc``, ``ucx``.
-        ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``; empty takes any.
+        ucx_require: lanes without which UCX refuses a connection: ``rdma``, ``shm``, ``one_sided``, or
+            ``no_host_bounce`` for blocks on GPUs; empty takes any.
         ucx_addresses: IP addresses to announce for UCX, separated by commas; empty for all of this host.
         ucx_connect_s: how long connecting to an owner over UCX may take; a fetch waits for it within its own deadline,
             and what is connected later serves the next.

@@ -158,7 +158,7 @@ class MarketCore:
                 raise InvalidInputError(f"memory {number} of the pages is not shared memory {number}")
         with self._lock:
             owner = self.owner
-            endpoints = self._listeners.endpoints(owner.incarnation)
+            endpoints = self._listeners.endpoints(owner.incarnation, pages.kind)
             region = LentRegion(
                 len(self._regions),
                 owner.incarnation,
@@ -186,8 +186,10 @@ class MarketCore:
             return None
         if not any("cuda" in transport.capabilities.memory for transport in self.transports.transports):
             raise InvalidInputError(
-                f"CUDA memory cannot be lent with KVMARKET_TRANSPORT={self.config.transport}; use auto or cuda_ipc"
+                f"CUDA memory cannot be lent with KVMARKET_TRANSPORT={self.config.transport}; use auto, cuda_ipc or ucx"
             )
+        if not any(transport.scheme == "cuda_ipc" for transport in self.transports.transports):
+            return None  # nothing is mapped, so it need not be memory that can be
         return CudaExports(pages)
 
     def publisher(self, region: LentRegion) -> Publisher:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +15,11 @@ from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
 from kvmarket.helper import Helper
+from kvmarket.outcome import Fetched, Outcome, Sources
+from kvmarket.overlapped_fetch import OverlappedFetch
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import RECORD, BlockRecords, have_digest, run_length
+from kvmarket.registry.records import RECORD, BlockRecords, have_digest, next_run, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
 from kvmarket.stale import StaleRecords
@@ -25,7 +27,7 @@ from kvmarket.transport import Connection, ReadRequest, TransportSelector
 from kvmarket.verification import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvmarket.config import MarketConfig
     from kvmarket.deadline import Deadline
@@ -33,39 +35,10 @@ if TYPE_CHECKING:
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
 
+_Answer = tuple[LookupResult, MissReason, str]
+"""What a look-up found, and why that is not more."""
 EXPLAIN_EVERY_S = 5.0
 """How often a registry that is not local is asked why nothing is found: it takes several round trips."""
-
-
-@dataclass
-class Outcome:
-    """What reading a run of blocks came to.
-
-    Attributes:
-        blocks: leading blocks that are adopted.
-        reason, detail: why it is not more.
-        transfers: one report per transfer.
-        sources: owner description -> blocks.
-        stages: seconds by stage.
-        blocks_verified: blocks whose digest was compared.
-    """
-
-    blocks: int = 0
-    reason: MissReason = MissReason.NONE
-    detail: str = ""
-    transfers: list[TransferReport] = field(default_factory=list)
-    sources: dict[str, int] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=lambda: {"connect": 0.0, "read": 0.0, "verify": 0.0})
-    blocks_verified: int = 0
-
-    def add_disk(self, report: TransferReport) -> None:
-        """Add what this process's own disk held of the following blocks."""
-        if report.pages:
-            self.blocks += report.pages
-            self.blocks_verified += report.pages
-            self.sources["disk"] = report.pages
-            self.transfers.append(report)
-        self.stages["read"] += report.seconds
 
 
 class Fetcher:
@@ -82,37 +55,42 @@ class Fetcher:
         self._namespace, self._digest = namespace, namespace.digest
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
-        self._verify = config.verify
+        self._verify = self.verify = config.verify
         self._helper = Helper()
         self._stale = StaleRecords(registry, self._digest, metrics)
         self._explaining = threading.Lock()
         self._explained: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
 
-    def lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
+    def lookup(self, keys: Sequence[bytes]) -> _Answer:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
 
         Never raises for a bad registry: that is a miss, too.
         """
-        answer = self._lookup(keys)
-        self._metrics.add(lookups=1)
-        if answer[1] is not MissReason.NONE:
-            self._metrics.add_reason("misses", answer[1])
-        return answer
+        return self._counted(self._lookup(keys))
 
-    def _lookup(self, keys: Sequence[bytes]) -> tuple[LookupResult, MissReason, str]:
+    def _lookup(self, keys: Sequence[bytes]) -> _Answer:
         began = time.perf_counter() if self._metrics.timed else 0.0
         try:
             result = self._registry.lookup(self._digest, keys)
             if began:
                 self._metrics.observe("lookup_seconds", time.perf_counter() - began)
-            if result.blocks == len(keys):
-                return result, MissReason.NONE, ""
-            if result.blocks == 0 and result.first_missing == "not_published":
-                return result, *self._explain()
+            return result, *self._why(result, len(keys))
         except RegistryError as error:
-            nothing = LookupResult(0, 0, np.empty(0, RECORD))
-            return nothing, MissReason.REGISTRY_UNAVAILABLE, str(error)
-        return result, MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
+            return _nothing_found(error)
+
+    def _counted(self, answer: _Answer) -> _Answer:
+        self._metrics.add(lookups=1)
+        if answer[1] is not MissReason.NONE:
+            self._metrics.add_reason("misses", answer[1])
+        return answer
+
+    def _why(self, result: LookupResult, asked: int) -> tuple[MissReason, str]:
+        """Say why a look-up of `asked` blocks did not find more."""
+        if result.blocks == asked:
+            return MissReason.NONE, ""
+        if result.blocks == 0 and result.first_missing == "not_published":
+            return self._explain()
+        return MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
 
     def _explain(self) -> tuple[MissReason, str]:
         """Say why nothing at all was found. Where the registry is not local, an answer is good for a while."""
@@ -150,16 +128,68 @@ class Fetcher:
         records = records[records["block"] < blocks]
         return replace(found, blocks=blocks, records=records, first_missing=why)
 
+    def fetch(
+        self, groups: Iterable[list[bytes]], local: PagedMemory, local_pages: np.ndarray, deadline: Deadline
+    ) -> Fetched:
+        """Look up and read blocks whose keys come in groups: `lookup` and `read` in one, overlapped where that helps.
+
+        Args:
+            groups: the keys, in order; see `PrefixKeys.groups`.
+            local: where the blocks go.
+            local_pages: (n,) page numbers there, at least one per key.
+            deadline: when it passes, what is proven is the hit.
+        """
+        overlapped = OverlappedFetch(self, groups, local, local_pages, deadline)
+        try:
+            found, reason, detail = self._look_up_in_parts(overlapped)
+        except BaseException:
+            overlapped.abandon()
+            raise
+        outcome = Outcome()
+        outcome.stages |= overlapped.stages
+        sources = overlapped.finish(found, outcome)
+        self._read_rest(found, local, local_pages, deadline, outcome=outcome, sources=sources)
+        return Fetched(found, reason, detail, outcome, overlapped.asked)
+
+    def _look_up_in_parts(self, overlapped: OverlappedFetch) -> _Answer:
+        lookup = self._registry.looking_up(self._digest)
+        if lookup is None:
+            keys = overlapped.remaining_keys()
+            answer = self.lookup(keys)
+            overlapped.note("lookup")
+            return answer
+        try:
+            with lookup:
+                overlapped.run(lookup)
+                found = lookup.result()
+            if self._metrics.timed:
+                self._metrics.observe("lookup_seconds", overlapped.stages["lookup"])
+            return self._counted((found, *self._why(found, overlapped.asked)))
+        except RegistryError as error:
+            return self._counted(_nothing_found(error))
+
     def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
         """Read the blocks `found` names into `local_pages` (one per block) and prove them.
 
         When it returns nothing writes to the local pages any more. Pages beyond `Outcome.blocks` hold undefined bytes.
         """
         outcome = Outcome()
-        excluded: set[int] = set()
-        used: dict[int, OwnerInfo] = {}
+        self._read_rest(found, local, local_pages, deadline, outcome=outcome, sources=Sources())
+        return outcome
+
+    def _read_rest(
+        self,
+        found: LookupResult,
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        deadline: Deadline,
+        *,
+        outcome: Outcome,
+        sources: Sources,
+    ) -> None:
+        """Read what of `found` is not in `outcome` yet, then check that all of it is still true."""
         records = found.records
-        if self._verify == "full" and not (vouched := have_digest(records)).all():
+        if self._verify == "full" and outcome.blocks < found.blocks and not (vouched := have_digest(records)).all():
             records = records[vouched]
             outcome.reason, outcome.detail = (
                 MissReason.UNVERIFIED,
@@ -169,7 +199,7 @@ class Fetcher:
             if deadline.expired:
                 outcome.reason, outcome.detail = MissReason.DEADLINE, "the deadline passed"
                 break
-            run = _next_run(records, outcome.blocks, excluded)
+            run = next_run(records, outcome.blocks, sources.excluded)
             if run is None:
                 break  # outcome.reason says why the last source was excluded
             owner = found.owners[int(run["owner"][0])]
@@ -177,14 +207,13 @@ class Fetcher:
                 run, owner, local, local_pages, deadline=deadline, outcome=outcome, keys=found.keys
             )
             if adopted:
-                used[owner.owner] = owner
+                sources.used[owner.owner] = owner
             if adopted < len(run):
-                excluded.add(owner.owner)
+                sources.excluded.add(owner.owner)
         if outcome.blocks == found.blocks:
             outcome.reason, outcome.detail = MissReason.NONE, ""
-        self._check_still_true(found, used, outcome)
+        self._check_still_true(found, sources.used, outcome)
         self._metrics.add(blocks_adopted=outcome.blocks, blocks_verified=outcome.blocks_verified)
-        return outcome
 
     def _read_run(
         self,
@@ -198,6 +227,27 @@ class Fetcher:
         keys: Sequence[bytes],
     ) -> int:
         """Read consecutive blocks of one region; return how many leading ones are good."""
+        connection = self.open(run, owner, local, outcome, deadline)
+        if connection is None:
+            return 0
+        targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
+        verification = Verification(self._verify, run, local, targets, connection.digest)
+        request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
+        reading = SharedRead(connection, request, deadline, verification)
+        try:
+            report = reading.run(self._helper)
+        except TransportError as error:
+            self.failed(owner, error, outcome)
+            return 0
+        outcome.stages["verify"] += verification.seconds / reading.threads
+        outcome.stages["read"] += report.seconds - verification.seconds / reading.threads
+        outcome.blocks_verified += verification.blocks
+        return self.adopt(report, run, keys, owner, outcome)
+
+    def open(
+        self, run: BlockRecords, owner: OwnerInfo, local: PagedMemory, outcome: Outcome, deadline: Deadline
+    ) -> Connection | None:
+        """Return a connection that reads the region of `run` into `local`, or None; `outcome` then says why."""
         began = time.perf_counter()
         try:
             connection = self._connect(owner, int(run["region"][0]), deadline)
@@ -210,41 +260,52 @@ class Fetcher:
                 outcome.reason = MissReason.UNVERIFIED
             outcome.detail = f"{owner}: {error}"
             self._metrics.add_reason("connections_failed", outcome.reason)
-            return 0
+            return None
         finally:
             outcome.stages["connect"] += time.perf_counter() - began
         if local.kind not in connection.fills:
             outcome.reason = MissReason.UNREACHABLE
             kinds = " or ".join(sorted(connection.fills))
             outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, not into {local.kind} memory"
-            return 0
+            return None
         if self._verify == "full" and not can_digest(local.kind, connection.digest):
             outcome.reason = MissReason.UNVERIFIED
             outcome.detail = f"{owner}: its digests ({connection.digest}) cannot be compared in {local.kind} memory"
-            return 0
-        targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
-        verification = Verification(self._verify, run, local, targets, connection.digest)
-        request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
-        reading = SharedRead(connection, request, deadline, verification)
-        try:
-            report = reading.run(self._helper)
-        except TransportUnavailableError as error:  # the card of these local pages does not reach the owner's
-            outcome.reason, outcome.detail = MissReason.UNREACHABLE, f"{owner}: {error}"
-            return 0
-        except (PeerGoneError, TransferError) as error:
+            return None
+        return connection
+
+    def failed(self, owner: OwnerInfo, error: TransportError, outcome: Outcome) -> None:
+        """Note why a read was given up; raise what no read may raise."""
+        outcome.detail = f"{owner}: {error}"
+        if isinstance(error, TransportUnavailableError):  # the card of these local pages does not reach the owner's
+            outcome.reason = MissReason.UNREACHABLE
+        elif isinstance(error, (PeerGoneError, TransferError)):
             self._transports.forget(owner)
-            outcome.reason, outcome.detail = MissReason.OWNER_GONE, f"{owner}: {error}"
+            outcome.reason = MissReason.OWNER_GONE
             self._metrics.add_reason("connections_failed", outcome.reason)
-            return 0
-        verify_s = verification.seconds / reading.threads
-        outcome.stages["verify"] += verify_s
-        outcome.stages["read"] += report.seconds - verify_s
-        outcome.blocks_verified += verification.blocks
-        refused = self._counted(report).refused
+        else:
+            raise error
+
+    def adopt(
+        self, report: TransferReport, run: BlockRecords, keys: Sequence[bytes], owner: OwnerInfo, outcome: Outcome
+    ) -> int:
+        """Add to `outcome` what a read of the blocks of `run` came to; return how many leading ones are good.
+
+        Args:
+            report: of the read.
+            run: the records that were read, all of one region of `owner`.
+            keys: what was looked up, so that records which turned out to be stale can be removed.
+            owner: who delivered.
+            outcome: of the fetch; its blocks are those before `run`.
+        """
+        self._metrics.add_read(report.transport, report.path, report.nbytes)
+        refused = report.refused
         good = min(refused, default=len(run))
-        if good < len(run):
+        if refused:
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
+            for reason, number in Counter(refused.values()).items():
+                self._metrics.add_reason("blocks_refused", reason, number)
             stale = [at for at, reason in refused.items() if reason is MissReason.STALE_GENERATION]
             self._stale.met(keys, run[stale])
         outcome.blocks += good
@@ -253,13 +314,6 @@ class Fetcher:
         outcome.transfers.append(report)
         outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
         return good
-
-    def _counted(self, report: TransferReport) -> TransferReport:
-        """Count what a read moved and what it refused; returns the report."""
-        self._metrics.add_read(report.transport, report.path, report.nbytes)
-        for reason, number in Counter(report.refused.values()).items() if report.refused else ():
-            self._metrics.add_reason("blocks_refused", reason, number)
-        return report
 
     def _connect(self, owner: OwnerInfo, region_id: int, deadline: Deadline | None = None) -> Connection:
         def describe() -> RegionDescriptor:
@@ -287,7 +341,13 @@ class Fetcher:
         return self._transports.connection(owner, region_id, describe, deadline)
 
     def _check_still_true(self, found: LookupResult, used: dict[int, OwnerInfo], outcome: Outcome) -> None:
-        """After the last copy: the namespace's epoch must not have moved and every source must still be alive."""
+        """After the last copy: the namespace's epoch must not have moved and every source must still be alive.
+
+        This is what cannot overlap with a copy. An owner that is alive now was alive at every moment before, so its
+        memory was its own until the last byte was read; asked any earlier, the answer says nothing of the bytes that
+        were read since. And whoever was told to forget, and has returned from that, must not be handed a block by a
+        fetch that ends later.
+        """
         if not outcome.blocks:
             return
         try:
@@ -319,27 +379,5 @@ class _UnverifiedError(TransportError):
     """The owner may pass on wrong bytes that it adopted, or what it computed from them."""
 
 
-def _next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
-    """Return the records of the longest run from block `first` on that one region of one owner serves."""
-    if not first and not excluded and _of_one_region(records):
-        return records
-    best: BlockRecords | None = None
-    here = records[records["block"] == first]
-    for candidate in here:
-        owner, region = int(candidate["owner"]), int(candidate["region"])
-        if owner in excluded:
-            continue
-        same = records[(records["owner"] == owner) & (records["region"] == region) & (records["block"] >= first)]
-        gaps = np.flatnonzero(same["block"] != np.arange(first, first + len(same)))
-        run = same[: int(gaps[0])] if len(gaps) else same
-        if best is None or len(run) > len(best):
-            best = run
-    return best
-
-
-def _of_one_region(records: BlockRecords) -> bool:
-    """Tell whether these are blocks 0, 1, 2, ... of one region: the common case, without a copy."""
-    if not len(records) or int(records["block"][-1]) != len(records) - 1:
-        return False
-    same = (records["owner"] == records["owner"][0]) & (records["region"] == records["region"][0])
-    return bool((same & (records["block"] == np.arange(len(records)))).all())
+def _nothing_found(error: RegistryError) -> _Answer:
+    return LookupResult(0, 0, np.empty(0, RECORD)), MissReason.REGISTRY_UNAVAILABLE, str(error)

@@ -8,6 +8,7 @@ used, so PYTHONHASHSEED has no influence.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ TokenIds = Any
 HashFunction = Callable[[bytes], bytes]
 
 TOKEN_ID_MAX = 2**32 - 1
+_TOKEN = np.dtype("<u4")
 
 
 def _sha256(data: bytes) -> bytes:
@@ -71,6 +73,8 @@ def token_array(tokens: TokenIds) -> np.ndarray:
     Raises:
         InvalidInputError: empty, not one-dimensional, not integers, negative, or above `TOKEN_ID_MAX`.
     """
+    if type(tokens) is np.ndarray and tokens.dtype == _TOKEN and tokens.ndim == 1 and tokens.size:
+        return np.ascontiguousarray(tokens)  # as this function makes them: every value is in range
     if hasattr(tokens, "detach"):  # a torch tensor, on any device
         if tokens.is_floating_point() or tokens.is_complex():  # numpy does not know all of these
             raise InvalidInputError(f"tokens must be integers within [0, {TOKEN_ID_MAX}], not {tokens.dtype}")
@@ -126,7 +130,13 @@ def hash_blocks(
     step = 4 * block_size
     out: list[bytes] = []
     parent = root
-    if extra_keys is None:  # the common case, in as little Python as can be
+    if extra_keys is None and algorithm == "sha256":  # the default, in as little Python as can be
+        sha256, append = hashlib.sha256, out.append
+        for (piece,) in struct.iter_unpack(f"{step}s", data[: blocks * step]):
+            parent = sha256(parent + piece).digest()
+            append(parent)
+        return out
+    if extra_keys is None:
         for start in range(0, blocks * step, step):
             parent = digest(parent + data[start : start + step])
             out.append(parent)

@@ -19,9 +19,9 @@ from kvmarket.cuda import is_cuda, packed_cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.disk import DiskTier
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
-from kvmarket.fetch import Outcome
 from kvmarket.hashing import TokenIds, token_array
 from kvmarket.identity import ModelIdentity, Namespace
+from kvmarket.outcome import Fetched, Outcome
 from kvmarket.prefix_keys import PrefixKeys
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
@@ -30,6 +30,7 @@ from kvmarket.registry.records import RECORD
 from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport
 from kvmarket.staging import StagingPool
 from kvmarket.tensors import as_pages
+from kvmarket.waiting import drain, retrieve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -293,31 +294,56 @@ class Marketplace:
         """
         began = time.perf_counter()
         tokens = token_array(tokens)
-        keys = self._keys(tokens, extra_keys)
         local = None if out is None else self._local(out)
-        if local is not None and local.layout.num_pages < len(keys):
-            raise InvalidInputError(f"out has {local.layout.num_pages} blocks for {len(keys)} full blocks of tokens")
+        blocks = len(tokens) // self._spec.block_size
+        if local is not None and local.layout.num_pages < blocks:
+            raise InvalidInputError(f"out has {local.layout.num_pages} blocks for {blocks} full blocks of tokens")
         deadline = Deadline(self._config.fetch_deadline_s if deadline_s is None else deadline_s)
+        if local is not None and local.kind == "cuda" and blocks:
+            fetched = await self._fetch_overlapped(tokens, extra_keys, local, deadline)
+        else:
+            local, fetched = await self._fetch_in_steps(tokens, extra_keys, local, deadline)
+        outcome = fetched.outcome
+        if outcome.reason is MissReason.NONE and (outcome.blocks < blocks or not blocks):
+            outcome.reason, outcome.detail = fetched.reason, fetched.detail
+        outcome.stages["total"] = time.perf_counter() - began
+        kv = local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks]
+        return FetchResult(kv, self._report(len(tokens), fetched))
+
+    async def _fetch_in_steps(
+        self, tokens: np.ndarray, extra_keys: Sequence[bytes] | None, local: PagedMemory | None, deadline: Deadline
+    ) -> tuple[PagedMemory, Fetched]:
+        """Hash, look up, read; pages go into `local` or, without it, into a buffer as long as what was found."""
+        began = time.perf_counter()
+        keys = self._keys(tokens, extra_keys)
         hashed = time.perf_counter()
         found, reason, detail = await self._lookup(keys, deadline)
         looked_up = time.perf_counter()
-        outcome = Outcome(reason=reason, detail=detail)
         on_host = local is None or local.kind == "host"
         stored = await self._stored(keys[found.blocks :], found.epoch, deadline) if on_host else 0
         if local is None:
             local = PagedMemory.packed(self._staging.pages(found.blocks + stored, self._spec.page_bytes))
-        if found.blocks:
-            outcome = await self._read(found, local, deadline)
-            if outcome.reason is MissReason.NONE:
-                outcome.reason, outcome.detail = reason, detail
+        outcome = await self._read(found, local, deadline) if found.blocks else Outcome()
         if on_host and outcome.blocks < found.blocks + stored:
             await self._read_stored(keys[: found.blocks + stored], found.epoch, local, deadline, outcome)
             if outcome.blocks == len(keys):
                 outcome.reason, outcome.detail = MissReason.NONE, ""
-        stages = {"hash": hashed - began, "lookup": looked_up - hashed, **outcome.stages}
-        stages["total"] = time.perf_counter() - began
-        report = self._report(len(tokens), len(keys), found.blocks + stored, outcome, stages)
-        return FetchResult(local.memories[0].reshape(-1, self._spec.page_bytes)[: outcome.blocks], report)
+        outcome.stages |= {"hash": hashed - began, "lookup": looked_up - hashed}
+        return local, Fetched(found, reason, detail, outcome, len(keys), stored)
+
+    async def _fetch_overlapped(
+        self, tokens: np.ndarray, extra_keys: Sequence[bytes] | None, local: PagedMemory, deadline: Deadline
+    ) -> Fetched:
+        """Have a thread hash, look up and read, all at once where it can."""
+        self._require_open()
+        groups = self._prefix_keys.groups(tokens) if extra_keys is None else iter([self._keys(tokens, extra_keys)])
+        work = partial(self._core.fetcher.fetch, groups, local, np.arange(local.layout.num_pages), deadline)
+        try:
+            return await self._on_reader(work, deadline)
+        except DeadlineExceededError as error:
+            nothing, late = LookupResult(0, 0, np.empty(0, RECORD)), MissReason.DEADLINE
+            blocks = len(tokens) // self._spec.block_size
+            return Fetched(nothing, late, str(error), Outcome(reason=late, detail=str(error)), blocks)
 
     def _local(self, out: Any) -> PagedMemory:
         if is_cuda(out):
@@ -344,18 +370,22 @@ class Marketplace:
         if small and self._core.registry.local and self._core.transports.immediate(found.owners.values()):
             return fetcher.read(found, local, pages, deadline)
         try:
+            return await self._on_reader(partial(fetcher.read, found, local, pages, deadline), deadline)
+        except DeadlineExceededError as error:
+            return Outcome(reason=MissReason.DEADLINE, detail=str(error))
+
+    async def _on_reader(self, work: Callable[[], T], deadline: Deadline) -> T:
+        """Run `work`, which fills a caller's memory, on a reading thread; raises `DeadlineExceededError`."""
+        try:
             if self._slots.locked():
                 async with asyncio.timeout(deadline.remaining_s):
                     await self._slots.acquire()
             else:
                 await self._slots.acquire()  # does not wait
-        except TimeoutError:
-            return Outcome(reason=MissReason.DEADLINE, detail="too many fetches were running")
+        except TimeoutError as error:
+            raise DeadlineExceededError("too many fetches were running") from error
         try:
-            work = partial(fetcher.read, found, local, pages, deadline)
             return await self._run(self._readers, work, deadline, borrowed=True)
-        except DeadlineExceededError as error:
-            return Outcome(reason=MissReason.DEADLINE, detail=str(error))
         finally:
             self._slots.release()
 
@@ -380,29 +410,14 @@ class Marketplace:
             with contextlib.suppress(DeadlineExceededError):
                 outcome.add_disk(await self._run(self._readers, work, deadline, borrowed=True))
 
-    def _report(
-        self, tokens: int, blocks_asked: int, matched: int, outcome: Outcome, stages: dict[str, float]
-    ) -> FetchReport:
-        metrics, adopted = self._core.metrics, outcome.blocks * self._spec.block_size
-        metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=adopted)
-        if outcome.reason is not MissReason.NONE:
-            metrics.add_reason("fetch_ended", outcome.reason)
+    def _report(self, tokens: int, fetched: Fetched) -> FetchReport:
+        metrics, report = self._core.metrics, fetched.report(tokens, self._spec)
+        metrics.add(fetches=1, tokens_asked=tokens, tokens_adopted=report.tokens_adopted)
+        if report.reason is not MissReason.NONE:
+            metrics.add_reason("fetch_ended", report.reason)
         if metrics.timed:
-            metrics.observe_phases("fetch_seconds", stages)
-        return FetchReport(
-            tokens_asked=tokens,
-            tokens_matched=matched * self._spec.block_size,
-            tokens_adopted=adopted,
-            blocks_adopted=outcome.blocks,
-            blocks_verified=outcome.blocks_verified,
-            nbytes=outcome.blocks * self._spec.page_bytes,
-            sources=outcome.sources,
-            transfers=tuple(outcome.transfers),
-            stages=stages,
-            reason=outcome.reason,
-            first_missing_block=outcome.blocks if outcome.blocks < blocks_asked else None,
-            detail=outcome.detail,
-        )
+            metrics.observe_phases("fetch_seconds", report.stages)
+        return report
 
     # ---- inner
 
@@ -437,7 +452,7 @@ class Marketplace:
         except asyncio.CancelledError:
             limit.cancel()
             if not job.cancel():
-                await _drain(future)
+                await drain(future)
             raise
         return future.result()
 
@@ -445,23 +460,10 @@ class Marketplace:
         self, future: asyncio.Future[Any], limit: Deadline, give_up: Callable[[], bool] = lambda: True
     ) -> None:
         """Wait for `future`; raise its error, or `DeadlineExceededError` when `limit` passes and `give_up` agrees."""
-        future.add_done_callback(_retrieve)
+        future.add_done_callback(retrieve)
         await asyncio.wait({future}, timeout=limit.remaining_s)
         if not future.done() and not give_up():
             await asyncio.wait({future})
         if not future.done():
             raise DeadlineExceededError("not done before the deadline: the registry or the threads are busy")
         future.result()
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Look at the result, so that asyncio does not report the error of a future that nobody waits for any more."""
-    if not future.cancelled():
-        future.exception()
-
-
-async def _drain(future: asyncio.Future[Any]) -> None:
-    """Wait for a future to end whatever happens, further cancellations included."""
-    while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({future})

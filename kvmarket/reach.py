@@ -46,18 +46,25 @@ def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Tr
     if config.transport == "shm":
         return [ShmTransport(*here)]
     if config.transport == "ucx":
-        return [_ucx(config, environ)]
+        return _ucx(config, environ)
     found = [InprocTransport(), ShmTransport(*here), CudaIpcTransport(*here, load_cuda)]
-    return [*found, _ucx(config, environ)] if has_ucx() else found
+    return [*found, *_ucx(config, environ)] if has_ucx() else found
 
 
-def _ucx(config: MarketConfig, environ: Mapping[str, str]) -> Transport:
+def _ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
+    """Return UCX for host memory and, where cupy is installed, for memory of GPUs."""
     if not has_ucx():
         raise MissingExtraError("ucxx", "ucx")
     from kvmarket.transport.ucx import UcxTransport
 
     addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
-    return UcxTransport(environ, require=config.ucx_require, addresses=addresses, connect_s=config.ucx_connect_s)
+    require, connect_s = config.ucx_require, config.ucx_connect_s
+    found: list[Transport] = [UcxTransport(environ, require=require, addresses=addresses, connect_s=connect_s)]
+    if importlib.util.find_spec("cupy") is not None:
+        from kvmarket.transport.ucx_cuda import CudaUcxTransport
+
+        found.append(CudaUcxTransport(environ, load_cuda, require=require, addresses=addresses, connect_s=connect_s))
+    return found
 
 
 class Listeners:
@@ -76,14 +83,14 @@ class Listeners:
         """Which transports listen, or will with the first region."""
         return tuple(server.scheme for server in self._servers)
 
-    def endpoints(self, incarnation: bytes) -> dict[str, tuple[tuple[str, int], ...]]:
-        """Listen, if not yet, and return what to announce: transport -> (address, port) pairs.
+    def endpoints(self, incarnation: bytes, kind: str) -> dict[str, tuple[tuple[str, int], ...]]:
+        """Listen for readers of that kind of memory, if not yet; return transport -> (address, port) to announce.
 
         Raises:
             TransportUnavailableError, MissingExtraError: a transport that was asked for by name cannot listen.
         """
         found: dict[str, tuple[tuple[str, int], ...]] = {}
-        for server in list(self._servers):
+        for server in [server for server in self._servers if kind in server.capabilities.memory]:
             try:
                 found[server.scheme] = server.serve(incarnation)
             except TransportUnavailableError as error:

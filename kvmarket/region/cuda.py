@@ -77,6 +77,10 @@ class CudaApi(ABC):
     """What kvmarket needs of CUDA. Thread-safe. Arrays are one-dimensional uint8 (cupy's, where this is real)."""
 
     @abstractmethod
+    def make_current(self, device: int) -> None:
+        """Make a card's context current for this thread, for libraries that look for one."""
+
+    @abstractmethod
     def device_of(self, array: Any) -> int:
         """Return the ordinal of the card that holds `array`."""
 
@@ -86,7 +90,7 @@ class CudaApi(ABC):
 
     @abstractmethod
     def peer_access(self, here: int, there: int) -> bool:
-        """Let card `here` read this process's memory on card `there`; return False when the cards cannot."""
+        """Let cards `here` and `there` read each other; return False when `here` cannot read memory of `there`."""
 
     @abstractmethod
     def pointer(self, array: Any) -> int:

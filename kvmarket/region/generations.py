@@ -19,6 +19,7 @@ _MAGIC = b"KVMGEN\x00\x01"
 _HEADER_BYTES = 4096
 PROBE_BYTES = 64
 INCARNATION_BYTES = 16
+_ODD = np.uint64(1)
 VALUES_OFFSET = _HEADER_BYTES
 """Where the counters start in a table; before them is `table_header`."""
 
@@ -100,9 +101,11 @@ def readable(values: np.ndarray, pages: np.ndarray, generations: np.ndarray) -> 
 
     Pages that the table does not have are not readable: a registry holds hints, and hints may be nonsense.
     """
-    known = (pages >= 0) & (pages < len(values))
-    if not known.all():
+    known = None
+    if len(pages) and int(pages.astype(np.uint64, copy=False).max()) >= len(values):  # negative ones become large
+        known = (pages >= 0) & (pages < len(values))
         pages = np.where(known, pages, 0)
-    published = (generations & np.uint64(1) == 0) & (generations != 0)
-    fresh: np.ndarray = known & published & (values[pages] == generations)
-    return fresh
+    fresh: np.ndarray = values[pages] == generations
+    fresh &= generations & _ODD == 0
+    fresh &= generations != 0
+    return fresh if known is None else fresh & known

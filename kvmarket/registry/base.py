@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from kvmarket.identity import visible_to
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import TracebackType
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.metrics import Metrics
@@ -55,6 +56,44 @@ def shown(found: Iterable[NamespaceInfo], limit: int, own: bytes, tag: str) -> l
     """Choose those of `found` that `Registry.namespaces` lists."""
     listed = [info for info in found if info.digest == own or visible_to(tag, info.description)]
     return sorted(listed, key=lambda info: info.digest != own)[:limit]
+
+
+class Lookup(ABC):
+    """A look-up whose keys come in parts, as if all had come at once. A context manager; for one thread.
+
+    Attributes:
+        epoch: the namespace's, 0 when it is not known.
+    """
+
+    epoch: int
+
+    @abstractmethod
+    def __enter__(self) -> Self:
+        """Begin. Errors as of `Registry.lookup`."""
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End. Must not be long after the beginning: the registry may keep for it what others have removed."""
+
+    @abstractmethod
+    def more(self, keys: Sequence[bytes]) -> BlockRecords:
+        """Look up the next keys; return the records that the run grew by. Nothing is added to a run that has ended."""
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """True once a key was found that no living owner holds."""
+
+    @property
+    @abstractmethod
+    def owners(self) -> Mapping[int, OwnerInfo]:
+        """Who holds what was found so far."""
+
+    @abstractmethod
+    def result(self) -> LookupResult:
+        """Return what was found."""
 
 
 class Registry(ABC):
@@ -107,6 +146,11 @@ class Registry(ABC):
     @abstractmethod
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
         """Return the longest run of `keys`, from the first one on, that live owners hold."""
+
+    def looking_up(self, digest: bytes) -> Lookup | None:
+        """Return a look-up in parts, or None where each part would be a round trip."""
+        del digest
+        return None
 
     @abstractmethod
     def region(self, owner: int, region_id: int) -> dict[str, Any] | None:

@@ -34,11 +34,11 @@ from kvmarket.registry.lmdb_cursors import (
     keys_of_run,
     run_has_owner,
 )
-from kvmarket.registry.lmdb_file import Transaction, acquire_file, release_file
+from kvmarket.registry.lmdb_file import acquire_file, release_file
+from kvmarket.registry.lmdb_lookup import Answer, Answers, LmdbLookup, distinct
 from kvmarket.registry.records import (
     HEAD_BYTES,
     OWNER_AT,
-    RECORD,
     BlockRecords,
     decode_records,
     encode_records,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvmarket.identity import OwnerInfo
+    from kvmarket.registry.lmdb_reading import Transaction
 
 SWEEP_KEYS_MAX = 20_000
 """Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""
@@ -82,6 +83,8 @@ class LmdbRegistry(Registry):
         self._file = acquire_file(directory, map_bytes)
         self._sweep_keys = max(1, min(SWEEP_KEYS_MAX, self._file.limit_bytes // SWEEP_BYTES_PER_KEY))
         self._owner_cache: dict[int, OwnerInfo] = {}
+        self._epoch_read: tuple[bytes, int] = (b"", 0)
+        self._answers = Answers()
         self._closed = False
 
     # ---- owners
@@ -93,7 +96,7 @@ class LmdbRegistry(Registry):
                 number = self._next(txn, b"owner")
                 info = this_process(number, incarnation)
                 locks.acquire(number)  # first: nobody may see the record of an owner that seems dead
-                txn.put(_u32(number), pack_owner(info), db=self._table("owners"))
+                txn.put(_u32(number), pack_owner(info), db=self.table("owners"))
         except RegistryError:
             locks.release(number)
             raise
@@ -102,7 +105,7 @@ class LmdbRegistry(Registry):
     def register_region(self, owner: int, region_id: int, descriptor: dict[str, Any]) -> None:
         with self._file.write() as txn:
             key = _u32(owner) + region_id.to_bytes(2, "big")
-            txn.put(key, pack("region", descriptor), db=self._table("regions"))
+            txn.put(key, pack("region", descriptor), db=self.table("regions"))
 
     def release_owner(self, owner: int) -> None:
         try:
@@ -112,7 +115,7 @@ class LmdbRegistry(Registry):
 
     def region(self, owner: int, region_id: int) -> dict[str, Any] | None:
         with self._file.read() as txn:
-            data = txn.get(_u32(owner) + region_id.to_bytes(2, "big"), db=self._table("regions"))
+            data = txn.get(_u32(owner) + region_id.to_bytes(2, "big"), db=self.table("regions"))
         return unpack("region", data) if data is not None else None
 
     def alive(self, owner: int) -> bool:
@@ -122,7 +125,7 @@ class LmdbRegistry(Registry):
         known = self._owner_cache.get(owner)
         if known is not None:
             return known
-        data = txn.get(_u32(owner), db=self._table("owners"))
+        data = txn.get(_u32(owner), db=self.table("owners"))
         if data is None:
             return None
         info = unpack_owner(owner, data)
@@ -137,38 +140,44 @@ class LmdbRegistry(Registry):
         if epoch := self.epoch(digest):
             return epoch
         with self._file.write() as txn:
-            if epoch := self._epoch(txn, digest):
+            if epoch := self.epoch_in(txn, digest):
                 return epoch
             epoch = self._next(txn, b"epoch")
             body = {"epoch": epoch, "description": description}
-            txn.put(digest, pack("namespace", body), db=self._table("namespaces"))
+            txn.put(digest, pack("namespace", body), db=self.table("namespaces"))
             return epoch
 
     def epoch(self, digest: bytes) -> int:
         with self._file.read() as txn:
-            return self._epoch(txn, digest)
+            return self.epoch_in(txn, digest)
 
     def bump_epoch(self, digest: bytes) -> int:
         with self._file.write() as txn:
-            data = txn.get(digest, db=self._table("namespaces"))
+            data = txn.get(digest, db=self.table("namespaces"))
             if data is None:
                 return 0
             body = unpack("namespace", data)
-            txn.put(_u32(self._epoch(txn, digest)), b"", db=self._table("retired"))
+            txn.put(_u32(self.epoch_in(txn, digest)), b"", db=self.table("retired"))
             epoch = self._next(txn, b"epoch")
             fresh = {"epoch": epoch, "description": body.get("description", {})}
-            txn.put(digest, pack("namespace", fresh), db=self._table("namespaces"))
+            txn.put(digest, pack("namespace", fresh), db=self.table("namespaces"))
             return epoch
 
-    def _epoch(self, txn: Transaction, digest: bytes) -> int:
-        data = txn.get(digest, db=self._table("namespaces"))
-        return int(unpack("namespace", data).get("epoch", 0)) if data is not None else 0
+    def epoch_in(self, txn: Transaction, digest: bytes) -> int:
+        """Return a namespace's epoch as a transaction has it, 0 when it is not known."""
+        data = txn.get(digest, db=self.table("namespaces"))
+        if data is None:
+            return 0
+        known = self._epoch_read
+        if known[0] != data:  # decoded once, as long as it stays the same
+            self._epoch_read = known = (data, int(unpack("namespace", data).get("epoch", 0)))
+        return known[1]
 
     def namespaces(self, limit: int = 64, *, own: bytes = b"", tag: str = "") -> list[NamespaceInfo]:
         found: list[NamespaceInfo] = []
         with self._file.read() as txn:
             holders = self._owners_by_epoch(txn)
-            for digest, data in txn.cursor(self._table("namespaces")):
+            for digest, data in txn.cursor(self.table("namespaces")):
                 body = unpack("namespace", data)
                 owners = tuple(holders.get(body.get("epoch", 0), ()))
                 if owners:
@@ -178,8 +187,8 @@ class LmdbRegistry(Registry):
     def _owners_by_epoch(self, txn: Transaction) -> dict[int, list[int]]:
         """Live owners of every epoch: one seek per (owner, epoch)."""
         holders: dict[int, list[int]] = {}
-        cursor = txn.cursor(self._table("runs"))
-        for owner_key, _ in txn.cursor(self._table("owners")):
+        cursor = txn.cursor(self.table("runs"))
+        for owner_key, _ in txn.cursor(self.table("owners")):
             owner, epoch = int.from_bytes(owner_key, "big"), 0
             if not self.alive(owner):
                 continue
@@ -194,14 +203,14 @@ class LmdbRegistry(Registry):
     def announce(self, digest: bytes, epoch: int, keys: Sequence[bytes], records: BlockRecords) -> bool:
         owners = set(records["owner"].tolist())
         with self._file.write() as txn:
-            if self._epoch(txn, digest) != epoch:
+            if self.epoch_in(txn, digest) != epoch:
                 return False
             self._file.require_room(txn)
             for owner in owners:
-                if txn.get(_u32(owner), db=self._table("owners")) is None:
+                if txn.get(_u32(owner), db=self.table("owners")) is None:
                     raise RegistryProtocolError(f"owner {owner} is not registered")
             prefix = _u32(epoch)
-            blocks, runs = txn.cursor(self._table("blocks")), txn.cursor(self._table("runs"))
+            blocks, runs = txn.cursor(self.table("blocks")), txn.cursor(self.table("runs"))
             seen: set[tuple[bytes, bytes]] = set()
             for key, value in zip(keys, encode_records(records), strict=True):
                 full, owner_key = prefix + key, value[OWNER_AT]
@@ -214,15 +223,15 @@ class LmdbRegistry(Registry):
 
     def withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
         with self._file.write() as txn:
-            prefix, owner_key = _u32(self._epoch(txn, digest)), _u32(owner)
-            blocks = txn.cursor(self._table("blocks"))
+            prefix, owner_key = _u32(self.epoch_in(txn, digest)), _u32(owner)
+            blocks = txn.cursor(self.table("blocks"))
             removed = sum(delete_record(blocks, prefix + key, owner_key) for key in keys)
             self._forget_runs(txn, blocks, {(owner_key, prefix + key[:HEAD_BYTES]) for key in keys})
         return removed
 
     def _forget_runs(self, txn: Transaction, blocks: Any, pairs: set[tuple[bytes, bytes]]) -> None:
         """Take runs that owners have no blocks in any more off their lists."""
-        runs = txn.cursor(self._table("runs"))
+        runs = txn.cursor(self.table("runs"))
         for owner_key, run in pairs:
             if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
                 runs.delete()
@@ -231,7 +240,7 @@ class LmdbRegistry(Registry):
         gone: set[tuple[bytes, bytes]] = set()
         removed = 0
         with self._file.write() as txn:
-            prefix, blocks = _u32(self._epoch(txn, digest)), txn.cursor(self._table("blocks"))
+            prefix, blocks = _u32(self.epoch_in(txn, digest)), txn.cursor(self.table("blocks"))
             for block, value in zip(records["block"].tolist(), encode_records(records), strict=True):
                 key = prefix + keys[block]
                 if blocks.set_key_dup(key, value):
@@ -242,32 +251,69 @@ class LmdbRegistry(Registry):
         return removed
 
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
+        with self.looking_up(digest) as lookup:
+            lookup.more(keys)
+            return lookup.result()
+
+    def looking_up(self, digest: bytes) -> LmdbLookup:
+        return LmdbLookup(self, self._file.read(), digest)
+
+    def lookup_some(
+        self, txn: Transaction, cursor: Any, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
+    ) -> tuple[BlockRecords, int, str]:
+        """Look up consecutive keys; for `LmdbLookup`.
+
+        Args:
+            txn: the transaction.
+            cursor: one of the blocks table in it.
+            epoch: of the namespace.
+            keys: at least one.
+            living: owners known to be alive; those that are found to be are added.
+
+        Returns:
+            Records of the leading run that living owners hold, sorted by block, the first key's being 0; its length;
+            and what ended it, as in `LookupResult`.
+        """
+        known = self._answers.get(txn.id(), epoch, keys)
+        if known is not None and all(self._is_living(txn, owner, living) for owner in known.owners):
+            return known.records.copy(), known.run, known.ended
+        found = self._look_up(txn, cursor, epoch, keys, living)
+        self._answers.put(Answer(txn.id(), epoch, list(keys), *found, distinct(found[0]["owner"])))
+        return found[0].copy(), *found[1:]
+
+    def _look_up(
+        self, txn: Transaction, cursor: Any, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
+    ) -> tuple[BlockRecords, int, str]:
         values: list[bytes] = []
         blocks: list[int] = []
-        with self._file.read() as txn:
-            epoch = self._epoch(txn, digest)
-            if not epoch:
-                return LookupResult(0, 0, np.empty(0, RECORD), "not_published")
-            with txn.cursor(self._table("blocks")) as cursor:
-                collect(cursor, _u32(epoch), keys, blocks, values)
-            records = decode_records(blocks, values)
-            owners = {owner: self._owner(txn, owner) for owner in np.unique(records["owner"]).tolist()}
-        living = {owner: info for owner, info in owners.items() if info is not None and self.alive(owner)}
+        collect(cursor, _u32(epoch), keys, blocks, values)
+        records = decode_records(blocks, values)
+        dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
+        if not dead and len(blocks) == len(keys) == len(records) and blocks[-1] == len(keys) - 1:
+            return records, len(keys), ""  # one record each
         run = complete = run_length(records["block"])
-        if len(living) < len(owners):
-            records = records[np.isin(records["owner"], list(living))]
+        if dead:
+            records = records[~np.isin(records["owner"], dead)]
             run = run_length(records["block"])
         if len(records) and int(records["block"][-1]) >= run:
             records = records[records["block"] < run]
-        ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
-        return LookupResult(epoch, run, records, ended, living, keys)
+        return records, run, "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
+
+    def _is_living(self, txn: Transaction, owner: int, living: dict[int, OwnerInfo]) -> bool:
+        if owner in living:
+            return True
+        info = self._owner(txn, owner)
+        if info is None or not self.alive(owner):
+            return False
+        living[owner] = info
+        return True
 
     # ---- upkeep
 
     def sweep(self) -> int:
         with self._file.read() as txn:
-            known = [int.from_bytes(key, "big") for key, _ in txn.cursor(self._table("owners"))]
-            retired = [key for key, _ in txn.cursor(self._table("retired"))]
+            known = [int.from_bytes(key, "big") for key, _ in txn.cursor(self.table("owners"))]
+            retired = [key for key, _ in txn.cursor(self.table("retired"))]
         dead = [owner for owner in known if not self.alive(owner)]
         for owner in dead:
             self._fence(owner)
@@ -287,13 +333,13 @@ class LmdbRegistry(Registry):
         done = False
         while not done:
             with self._file.write() as txn:
-                txn.delete(owner_key, db=self._table("owners"))
-                delete_prefix(txn.cursor(self._table("regions")), owner_key, self._sweep_keys)
+                txn.delete(owner_key, db=self.table("owners"))
+                delete_prefix(txn.cursor(self.table("regions")), owner_key, self._sweep_keys)
                 done = self._fence_some(txn, owner_key)
         self._owner_cache.pop(owner, None)
 
     def _fence_some(self, txn: Transaction, owner_key: bytes) -> bool:
-        runs, blocks = txn.cursor(self._table("runs")), txn.cursor(self._table("blocks"))
+        runs, blocks = txn.cursor(self.table("runs")), txn.cursor(self.table("blocks"))
         removed = 0
         while runs.set_key(owner_key):
             if removed >= self._sweep_keys:
@@ -311,9 +357,9 @@ class LmdbRegistry(Registry):
         removed = limit = self._sweep_keys
         while removed >= limit:
             with self._file.write() as txn:
-                removed = delete_prefix(txn.cursor(self._table("blocks")), epoch_key, limit)
+                removed = delete_prefix(txn.cursor(self.table("blocks")), epoch_key, limit)
                 if removed < limit:
-                    txn.delete(epoch_key, db=self._table("retired"))
+                    txn.delete(epoch_key, db=self.table("retired"))
 
     def usage(self, tag: str = "") -> tuple[Path, int, int, int, int, int]:
         """Return path, bytes used, bytes at most, block records, owners, dead owners.
@@ -322,8 +368,8 @@ class LmdbRegistry(Registry):
         """
         env = self._file.env
         with self._file.read() as txn:
-            owners = [int.from_bytes(key, "big") for key, _ in txn.cursor(self._table("owners"))]
-            blocks = txn.stat(self._table("blocks"))["entries"] - self._hidden_blocks(txn, tag)
+            owners = [int.from_bytes(key, "big") for key, _ in txn.cursor(self.table("owners"))]
+            blocks = txn.stat(self.table("blocks"))["entries"] - self._hidden_blocks(txn, tag)
         used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         dead = sum(not self.alive(owner) for owner in owners)
         return self._file.path, used, self._file.limit_bytes, blocks, len(owners), dead
@@ -331,8 +377,8 @@ class LmdbRegistry(Registry):
     def _hidden_blocks(self, txn: Transaction, tag: str) -> int:
         """Count the records of namespaces that who has the secret of `tag` is not shown."""
         hidden = 0
-        cursor = txn.cursor(self._table("blocks"))
-        for _, data in txn.cursor(self._table("namespaces")):
+        cursor = txn.cursor(self.table("blocks"))
+        for _, data in txn.cursor(self.table("namespaces")):
             body = unpack("namespace", data)
             epoch = _u32(body.get("epoch", 0))
             if visible_to(tag, body.get("description", {})) or not cursor.set_range(epoch):
@@ -344,8 +390,8 @@ class LmdbRegistry(Registry):
         """Return every live owner with the numbers of its regions."""
         found = []
         with self._file.read() as txn:
-            regions = [(key[:_U32], int.from_bytes(key[_U32:], "big")) for key, _ in txn.cursor(self._table("regions"))]
-            for owner_key, _ in txn.cursor(self._table("owners")):
+            regions = [(key[:_U32], int.from_bytes(key[_U32:], "big")) for key, _ in txn.cursor(self.table("regions"))]
+            for owner_key, _ in txn.cursor(self.table("owners")):
                 info = self._owner(txn, int.from_bytes(owner_key, "big"))
                 if info is not None and self.alive(info.owner):
                     found.append((info, [region for key, region in regions if key == owner_key]))
@@ -356,10 +402,11 @@ class LmdbRegistry(Registry):
             self._closed = True
             release_file(self._file)
 
-    def _table(self, name: str) -> Any:
+    def table(self, name: str) -> Any:
+        """Return a table of the file."""
         return self._file.tables[name]
 
     def _next(self, txn: Transaction, counter: bytes) -> int:
-        number = int.from_bytes(txn.get(counter, db=self._table("meta")) or b"", "big") + 1
-        txn.put(counter, _u32(number), db=self._table("meta"))
+        number = int.from_bytes(txn.get(counter, db=self.table("meta")) or b"", "big") + 1
+        txn.put(counter, _u32(number), db=self.table("meta"))
         return number

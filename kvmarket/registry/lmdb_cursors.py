@@ -26,13 +26,17 @@ def collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[i
         wanted = [prefix + key for key in keys[start:end]]
         if not cursor.set_key(wanted[0]):
             return
-        found = list(islice(cursor.iternext(keys=True, values=True), len(wanted)))
+        # Walked twice, for keys and for values: pairs of both would be tuples, and so many that each look-up would set
+        # off the garbage collector.
+        found = list(islice(cursor.iternext(keys=True, values=False), len(wanted)))
         agreed = len(wanted)
-        if [key for key, _ in found] != wanted:  # compared in C
-            differ = (i for i, (key, _) in enumerate(found) if key != wanted[i])
+        if found != wanted:  # compared in C
+            differ = (i for i, key in enumerate(found) if key != wanted[i])
             agreed = max(0, next(differ, len(found)) - 1)  # the last that agrees may have more owners
-        blocks.extend(range(start, start + agreed))
-        values.extend([value for _, value in found[:agreed]])
+        if agreed:
+            cursor.set_key(wanted[0])
+            blocks.extend(range(start, start + agreed))
+            values.extend(islice(cursor.iternext(keys=False, values=True), agreed))
         if agreed < len(wanted):
             if not _collect_one_by_one(cursor, wanted[agreed:], start + agreed, blocks, values):
                 return

@@ -15,20 +15,17 @@ import lmdb
 
 from kvmarket.errors import (
     ConfigError,
-    RegistryError,
     RegistryFullError,
     RegistryProtocolError,
     RegistryUnavailableError,
 )
 from kvmarket.registry.host import OwnerLocks, lock_holder
+from kvmarket.registry.lmdb_reading import Reading, Transaction, translated
 from kvmarket.registry.lmdb_users import RegistryUsers
 from kvmarket.registry.records import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-Transaction = Any
-"""An `lmdb.Transaction`. The stubs say ``bytes | memoryview`` for all data; without buffers, as here, it is bytes."""
 
 FILE_NAME = "registry.lmdb"
 TURN_NAME = "registry.turn"
@@ -38,33 +35,8 @@ BLOCKS_SHARE_MAX = 0.85
 WRITE_WAIT_S = 3.0
 """How long a writer waits for the others before it gives up."""
 READERS_MAX = 1024
-_DAMAGE = (
-    lmdb.InvalidError,
-    lmdb.CorruptedError,
-    lmdb.VersionMismatchError,
-    lmdb.PageNotFoundError,
-    lmdb.IncompatibleError,
-)
 _SORTED = ("blocks", "runs")
 _PLAIN = ("meta", "owners", "regions", "namespaces", "retired")
-
-
-@contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn lmdb's errors into ours, once."""
-    try:
-        yield
-    except RegistryError:  # some of ours are OSErrors, too
-        raise
-    except lmdb.MapFullError as error:
-        raise RegistryFullError(f"{path} is full; raise KVMARKET_REGISTRY_BYTES") from error
-    except _DAMAGE as error:
-        raise RegistryProtocolError(
-            f"{path} is damaged or not a registry ({error}); "
-            "stop the processes that use it and remove it: it is only a cache"
-        ) from error
-    except (lmdb.Error, OSError) as error:
-        raise RegistryUnavailableError(f"{path}: {error}") from error
 
 
 @dataclass
@@ -91,30 +63,27 @@ class RegistryFile:
 
     def __post_init__(self) -> None:
         self._name = str(self.path)
-        self._identity = self._on_disk()
+        with translated(self.path):
+            self._identity = self._on_disk()
 
     def _on_disk(self) -> tuple[int, int]:
-        with translated(self.path):
-            info = os.stat(self._name)  # noqa: PTH116 - twice per fetch, and five times as fast
+        info = os.stat(self._name)  # noqa: PTH116 - twice per fetch, and five times as fast
         return info.st_dev, info.st_ino
 
-    def _require_in_place(self) -> None:
+    def require_in_place(self) -> None:
         """Raise `RegistryUnavailableError` when the open file is no longer the one that other processes would open."""
         try:
             same = self._on_disk() == self._identity
-        except RegistryUnavailableError:
+        except OSError:
             same = False
         if not same:
             raise RegistryUnavailableError(
                 f"{self.path} was removed or replaced while it was in use; restart this process to meet the others"
             )
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[Transaction]:
-        """A read transaction: a snapshot, taken without a lock that other processes know of."""
-        self._require_in_place()
-        with translated(self.path), self._transaction(write=False) as txn:
-            yield txn
+    def read(self) -> Reading:
+        """A read transaction: see `Reading`."""
+        return Reading(self)
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
@@ -123,9 +92,14 @@ class RegistryFile:
         Raises:
             RegistryUnavailableError: other writers had the turn for all of `WRITE_WAIT_S`, or the file was removed.
         """
-        self._require_in_place()
-        with self._turn(), translated(self.path), self._transaction(write=True) as txn:
-            yield txn
+        self.require_in_place()
+        with self._turn(), translated(self.path):
+            txn = self.begin(write=True)
+            try:
+                with txn:
+                    yield txn
+            finally:
+                self.end()
 
     @property
     def limit_bytes(self) -> int:
@@ -143,8 +117,8 @@ class RegistryFile:
                 f"{self.path} is full: {used} of {self.limit_bytes} bytes; raise KVMARKET_REGISTRY_BYTES"
             )
 
-    @contextlib.contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Transaction]:
+    def begin(self, *, write: bool) -> Transaction:
+        """Open a transaction; `end` must follow when it is over."""
         with self._idle:
             try:
                 txn = self.env.begin(write=write, buffers=False)
@@ -152,12 +126,13 @@ class RegistryFile:
                 self._grow()
                 txn = self.env.begin(write=write, buffers=False)
             self._active += 1
-        try:
-            with txn:
-                yield txn
-        finally:
-            with self._idle:
-                self._active -= 1
+        return txn
+
+    def end(self) -> None:
+        """Count a transaction of `begin` as over."""
+        with self._idle:
+            self._active -= 1
+            if not self._active:
                 self._idle.notify_all()
 
     def _grow(self) -> None:

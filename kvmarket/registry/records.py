@@ -146,6 +146,32 @@ def run_length(blocks: np.ndarray) -> int:
     return int(gaps[0]) if len(gaps) else len(present)
 
 
+def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
+    """Return the records of the longest run from block `first` on that one region of one owner serves."""
+    if not first and not excluded and _of_one_region(records):
+        return records
+    best: BlockRecords | None = None
+    here = records[records["block"] == first]
+    for candidate in here:
+        owner, region = int(candidate["owner"]), int(candidate["region"])
+        if owner in excluded:
+            continue
+        same = records[(records["owner"] == owner) & (records["region"] == region) & (records["block"] >= first)]
+        gaps = np.flatnonzero(same["block"] != np.arange(first, first + len(same)))
+        run = same[: int(gaps[0])] if len(gaps) else same
+        if best is None or len(run) > len(best):
+            best = run
+    return best
+
+
+def _of_one_region(records: BlockRecords) -> bool:
+    """Tell whether these are blocks 0, 1, 2, ... of one region: the common case, without a copy."""
+    if not len(records) or int(records["block"][-1]) != len(records) - 1:
+        return False
+    same = (records["owner"] == records["owner"][0]) & (records["region"] == records["region"][0])
+    return bool((same & (records["block"] == np.arange(len(records)))).all())
+
+
 def encode_records(records: BlockRecords) -> list[bytes]:
     """Return one msgpack record of `RECORD_BYTES` per block."""
     wire = np.zeros(len(records), _WIRE)

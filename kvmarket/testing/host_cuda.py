@@ -17,7 +17,7 @@ from kvmarket.region.memory import MemoryAddress, SharedMemory, map_peer_memory
 from kvmarket.region.pages import copy_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _HANDLE = struct.Struct("<QQQQ")
 CARD = b"the card of host"
@@ -37,33 +37,50 @@ class HostTransfer(CudaTransfer):
 
 
 class HostCuda(CudaApi):
-    """One card. Its allocations last until `close`.
+    """Cards. Their allocations last until `close`.
+
+    Args:
+        visible: the cards of this host that this process sees, in its order.
+        peers: the cards have peer access to each other.
 
     Attributes:
         exportable: False plays memory that no other process can map.
+        enabled: (here, there) for which peer access was asked for and given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, visible: Sequence[int] = (0,), *, peers: bool = True) -> None:
         self._allocations: list[SharedMemory] = []
-        self.exportable = True
+        self._uuids = [CARD[:-1] + bytes([card]) for card in visible]
+        self._devices: list[tuple[int, int, int]] = []
+        self._peers = peers
+        self.exportable, self.enabled = True, set[tuple[int, int]]()
+
+    def make_current(self, device: int) -> None:
+        """There is no context."""
 
     def device_of(self, array: Any) -> int:
-        del array
-        return 0
+        at = self.pointer(array)
+        return next(device for base, nbytes, device in self._devices if base <= at < base + nbytes)
 
     def ordinal(self, uuid: bytes) -> int | None:
-        return 0 if uuid == CARD else None
+        return self._uuids.index(uuid) if uuid in self._uuids else None
 
     def peer_access(self, here: int, there: int) -> bool:
-        return here == there
+        if here != there and self._peers:
+            self.enabled |= {(here, there), (there, here)}
+        return here == there or self._peers
+
+    def _placed(self, array: Any, device: int) -> Any:
+        """Note which card an array is taken to be on."""
+        self._devices.append((self.pointer(array), len(array), device))
+        return array
 
     def pointer(self, array: Any) -> int:
         return int(array.ctypes.data)
 
     def allocate(self, nbytes: int, device: int) -> Any:
-        del device
         self._allocations.append(SharedMemory(nbytes, "cuda"))
-        return self._allocations[-1].array
+        return self._placed(self._allocations[-1].array, device)
 
     def upload(self, data: bytes, array: Any) -> None:
         array[:] = np.frombuffer(data, np.uint8)
@@ -77,15 +94,16 @@ class HostCuda(CudaApi):
             if offset is not None and self.exportable:
                 address = memory.address
                 handle = _HANDLE.pack(*address.as_list()).ljust(HANDLE_BYTES, b"\0")
-                return CudaAddress(CARD, handle, number, address.nbytes, offset, len(array))
+                return CudaAddress(
+                    self._uuids[self.device_of(array)], handle, number, address.nbytes, offset, len(array)
+                )
         raise RegistrationError("the memory cannot be exported", scheme="cuda_ipc")
 
     def open(self, address: CudaAddress, device: int) -> Any:
-        del device
         array = map_peer_memory(MemoryAddress(*_HANDLE.unpack(address.handle[: _HANDLE.size])))
         if len(array) != address.allocation_bytes:
             raise PeerGoneError("the owner's allocation is another one by now", scheme="cuda_ipc")
-        return array
+        return self._placed(array, device)
 
     def copy(
         self,
@@ -114,3 +132,4 @@ class HostCuda(CudaApi):
         for memory in self._allocations:
             memory.close()
         self._allocations.clear()
+        self._devices.clear()

@@ -68,6 +68,26 @@ class ReadRequest:
     on_digests: OnDigests | None = None
 
 
+class Stream(ABC):
+    """One read whose pages become known in parts: what is known is copied while the reader looks for the rest."""
+
+    @abstractmethod
+    def add(self, request: ReadRequest, deadline: Deadline) -> bool:
+        """Start reading more pages, into the same memory as before; return soon.
+
+        Returns:
+            False when the read is over: a page was refused or the deadline passed. `finish` names the pages that were
+            not read because of that.
+        """
+
+    @abstractmethod
+    def finish(self) -> TransferReport:
+        """Wait for everything that was started; same promises, errors and report as `Connection.read`.
+
+        Must be called once, whatever happened.
+        """
+
+
 class Connection(ABC):
     """A way to read one region of one owner. Thread-safe."""
 
@@ -96,6 +116,15 @@ class Connection(ABC):
         Raises:
             PeerGoneError, TransferError: the connection is of no more use.
         """
+
+    def stream(self, local: PagedMemory) -> Stream | None:
+        """Return a read into `local` whose pages come in parts, or None where there is nothing to gain by it.
+
+        Raises:
+            TransportUnavailableError: these pages cannot be filled from here.
+        """
+        del local
+        return None
 
     def readers(self, local: PagedMemory) -> int:
         """Return how many threads should share a large read into `local`, in parts, to make it faster."""

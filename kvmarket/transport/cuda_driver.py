@@ -56,6 +56,8 @@ class CudaDriver:
             self._lib = ctypes.CDLL(library)
         except OSError as error:
             raise TransportUnavailableError(f"no CUDA driver on this machine: {error}", scheme="cuda_ipc") from error
+        self._launch = self._lib.cuLaunchKernel
+        self._launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
 
     def uuid(self, device: int) -> bytes:
         """Return the 16 bytes that name a card in every process. Needs no context."""
@@ -77,6 +79,13 @@ class CudaDriver:
             mempool=bool(self._attribute(_MEMPOOL_HANDLE, pointer)),
         )
 
+    def launch(self, function: int, blocks: int, threads: int, stream: int, argument: int) -> None:
+        """Launch a kernel whose one argument, a structure, is at the address `argument`; it may change afterwards."""
+        arguments = (ctypes.c_void_p * 1)(argument)
+        code = self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, None)
+        if code != _SUCCESS:
+            self._raise("cuLaunchKernel", code)
+
     def _attribute(
         self, attribute: int, pointer: int, kind: type[ctypes.c_uint64 | ctypes.c_int] = ctypes.c_uint64
     ) -> int:
@@ -87,6 +96,9 @@ class CudaDriver:
     def _call(self, name: str, *args: object) -> None:
         code = getattr(self._lib, name)(*args)
         if code != _SUCCESS:
-            text = ctypes.c_char_p()
-            self._lib.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
-            raise CudaDriverError(name, code, (text.value or b"unknown error").decode())
+            self._raise(name, code)
+
+    def _raise(self, name: str, code: int) -> None:
+        text = ctypes.c_char_p()
+        self._lib.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
+        raise CudaDriverError(name, code, (text.value or b"unknown error").decode())

@@ -1,41 +1,36 @@
 """Between processes of one host, GPU to GPU: map the owner's allocations, copy all layers of many pages in one launch.
 
-The generations stay in host memory. They are checked before a copy is launched and again after it has ended: the owner
-makes a page readable only behind the kernels that filled it, and unreadable before it launches one that overwrites it,
-so whatever a copy may have met of an overwriting kernel shows in the second check.
+`kvmarket.transport.cuda_stream` has the copies and their checks.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 import weakref
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kvmarket.errors import MissingExtraError, PeerGoneError, TransportUnavailableError
 from kvmarket.region.cuda import CudaAddress, CudaApi, CudaPagedMemory
-from kvmarket.region.generations import PeerGenerations, memory_fence, readable
-from kvmarket.report import MissReason, TransferReport
-from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, Transport
+from kvmarket.region.generations import PeerGenerations, readable
+from kvmarket.transport.base import Capabilities, Connection, OnGroup, ReadRequest, Stream, Transport
+from kvmarket.transport.cuda_stream import GROUP_BYTES_MAX, CudaStream
 from kvmarket.transport.inproc import local_regions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+
     from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
-    from kvmarket.region.cuda import CudaTransfer
     from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.region.pages import PagedMemory
+    from kvmarket.report import TransferReport
 
-GROUPS = 4
-"""A read of more than `GROUP_BYTES_MIN` goes in this many launches, so that checks and digests overlap with copying."""
-GROUP_BYTES_MIN, GROUP_BYTES_MAX = 8 << 20, 256 << 20
-IN_FLIGHT = 2
-"""Launches under way in one read: the card goes on while the host checks."""
+
+READ_GROUPS, READ_GROUP_BYTES_MIN = 4, 8 << 20
+"""A read of pages that are all known goes in about so many launches, of at least so many bytes."""
 
 
 @dataclass(eq=False)
@@ -200,34 +195,24 @@ class CudaIpcConnection(Connection):
         return readable(self._generations, pages, generations)
 
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
-        began = time.perf_counter()
-        local = request.local
+        # In parts, so that checks and digests overlap with copying.
+        nbytes = len(request.pages) * request.local.layout.page_bytes
+        stream = self._stream(request.local, on_group, max(nbytes // READ_GROUPS, READ_GROUP_BYTES_MIN))
+        try:
+            stream.add(request, deadline)
+        finally:
+            report = stream.finish()
+        return report
+
+    def stream(self, local: PagedMemory) -> Stream | None:
+        return self._stream(local)
+
+    def _stream(
+        self, local: PagedMemory, on_group: OnGroup | None = None, group_bytes: int = GROUP_BYTES_MAX
+    ) -> CudaStream:
         if not isinstance(local, CudaPagedMemory):
             raise TransportUnavailableError("the target must be CUDA memory", scheme=self.scheme)
-        reading = _Reading(request, local, self._source(local.device), self._generations)
-        total, group = len(request.pages), _pages_per_group(len(request.pages), local.layout.page_bytes)
-        started = valid = 0
-        try:
-            while reading.in_flight or started < total:
-                while (
-                    started < total and len(reading.in_flight) < IN_FLIGHT and not (reading.refused or deadline.expired)
-                ):
-                    reading.begin(started, min(started + group, total))
-                    started += group
-                if not reading.in_flight:
-                    break
-                arrived = reading.finish()
-                valid += len(arrived)
-                if on_group is not None and len(arrived):
-                    on_group(arrived)
-        finally:
-            reading.drain()
-        refused = reading.refused
-        if started < total:
-            ended = refused[min(refused)] if refused else MissReason.DEADLINE
-            refused |= dict.fromkeys(range(started, total), ended)
-        nbytes, seconds = valid * local.layout.page_bytes, time.perf_counter() - began
-        return TransferReport(self.scheme, self.path, valid, nbytes, seconds, reading.copy_seconds, refused)
+        return CudaStream(self.path, local, self._source(local.device), self._generations, on_group, group_bytes)
 
     def _source(self, device: int) -> CudaPagedMemory:
         if self._pages is not None:
@@ -242,74 +227,6 @@ class CudaIpcConnection(Connection):
     def close(self) -> None:
         """Mappings go with the last array that refers to them."""
         self._pages = self._peer = None
-
-
-class _Reading:
-    """The launches of one read, in order."""
-
-    def __init__(
-        self, request: ReadRequest, local: CudaPagedMemory, source: CudaPagedMemory, generations: np.ndarray
-    ) -> None:
-        self._request, self._local, self._source, self._generations = request, local, source, generations
-        self.in_flight: deque[tuple[np.ndarray, CudaTransfer | None]] = deque()
-        self.refused: dict[int, MissReason] = {}
-        self.copy_seconds = 0.0
-        self._since = 0.0
-        self._fresh = readable(generations, request.pages, request.generations)
-        self._all_fresh = bool(self._fresh.all())
-        memory_fence()  # the bytes are read after the generations
-
-    def begin(self, start: int, end: int) -> None:
-        """Launch the copy of the readable pages of a group."""
-        request, indices = self._request, np.arange(start, end)
-        chosen: slice | np.ndarray = slice(start, end)
-        if not self._all_fresh:
-            stale = indices[~self._fresh[start:end]]
-            self.refused.update(dict.fromkeys(stale.tolist(), MissReason.STALE_GENERATION))
-            indices = chosen = indices[self._fresh[start:end]]
-        if not self.in_flight:
-            self._since = time.perf_counter()
-        transfer = None
-        if len(indices):
-            digest = None if request.digest is None else request.digest[chosen]
-            transfer = self._local.api.copy(
-                self._source, request.pages[chosen], self._local, request.local_pages[chosen], digest
-            )
-        self.in_flight.append((indices, transfer))
-
-    def finish(self) -> np.ndarray:
-        """Wait for the oldest group; return the indices of its pages that are valid."""
-        indices, transfer = self.in_flight[0]
-        if transfer is not None:
-            transfer.wait()
-        self.in_flight.popleft()
-        now = time.perf_counter()
-        self.copy_seconds, self._since = self.copy_seconds + now - self._since, now
-        memory_fence()  # and the generations again after the bytes
-        request = self._request
-        whole = self._generations[request.pages[indices]] == request.generations[indices]
-        all_whole = bool(whole.all())
-        if not all_whole:
-            self.refused.update(dict.fromkeys(indices[~whole].tolist(), MissReason.TORN))
-        if transfer is not None and len(transfer.digests) and request.digest is not None and request.on_digests:
-            digested = request.digest[indices]
-            found, digests = indices[digested], transfer.digests
-            if not all_whole:
-                found, digests = found[whole[digested]], digests[whole[digested]]
-            request.on_digests(found, digests)
-        return indices if all_whole else indices[whole]
-
-    def drain(self) -> None:
-        """Wait for what was launched, without looking at it."""
-        while self.in_flight:
-            _, transfer = self.in_flight.popleft()
-            if transfer is not None:
-                transfer.wait()
-
-
-def _pages_per_group(pages: int, page_bytes: int) -> int:
-    nbytes = min(max(-(-pages * page_bytes // GROUPS), GROUP_BYTES_MIN), GROUP_BYTES_MAX)
-    return max(1, nbytes // page_bytes)
 
 
 class CudaExports:

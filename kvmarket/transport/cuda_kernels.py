@@ -3,8 +3,8 @@
 Copies move any number of pages between any two layouts in one launch. `copy_wide` is for pages made of whole slices of
 `WIDE_BYTES`, 16-byte aligned on both sides, as engines have them: a block of threads takes one slice of one page.
 `copy_any` is for everything else: a warp takes one slice. `copy_wide_sum` is `copy_wide` that adds up the digests
-(`kvmarket.digest.sum128`) of what it has just loaded, without a second pass. `sum_pages` digests pages in
-place, and `finish_sums` brings digests home.
+(`kvmarket.digest.sum128`) of what it has just loaded, without a second pass; `copy_few` and `copy_few_sum` are the same
+for up to `FEW_PAGES` pages, whose numbers are part of the launch. `sum_pages` digests pages in place.
 
 Neighbouring blocks take the same slice of different pages, which reads faster than slice after slice of one page.
 """
@@ -32,6 +32,8 @@ WIDE_BYTES = BLOCK_THREADS * VECTOR_BYTES * WIDE_VECTORS
 """Each thread of a block has `WIDE_VECTORS` loads of 16 bytes in flight before it stores."""
 SLICE_BYTES = 4096
 """What a warp takes at most."""
+FEW_PAGES = 256
+"""Arguments of a kernel may have 4 KiB."""
 
 _ADDRESSES = ("source", "target", "source_stride", "target_stride")
 SLICE = np.dtype(
@@ -39,6 +41,16 @@ SLICE = np.dtype(
 )
 """A row of the copy table: addresses of the slice in page 0, bytes from page to page, widest access in bytes, and the
 number in its page of the first 8-byte word."""
+FEW = np.dtype(
+    [
+        *((name, "u8") for name in ("slices", "sums", "digests", "page_bytes", "num_pages")),
+        ("source", "u4", FEW_PAGES),
+        ("target", "u4", FEW_PAGES),
+    ]
+)
+"""The argument of `copy_few` and `copy_few_sum`."""
+SUM_BYTES = 24
+"""Of one page's sums."""
 SPAN = np.dtype([("base", "u8"), ("stride", "u8"), ("word", "u4"), ("words", "u4")])
 """A row of the digest table: where the words of a span are in page 0, and the number of the first one in its page."""
 
@@ -79,23 +91,44 @@ __device__ __forceinline__ void copy_all(const char* from, char* to, unsigned in
         reinterpret_cast<T*>(to)[i] = __ldcg(reinterpret_cast<const T*>(from) + i);
 }}
 
+// The sums of one page, and how many of its rows have been added. All zero before a launch, and again after it.
+struct Sum {{
+    unsigned long long a, b;
+    unsigned int rows, unused;
+}};
+
+// Adds what one row of a page comes to. Whoever adds the last row makes the digest, in memory of the host, and the sums
+// zero for the next launch: each row is fenced before it is counted, so the last one sees all others.
+__device__ __forceinline__ void add_row(
+        Sum* sum, unsigned int rows, unsigned long long a, unsigned long long b, unsigned long long page_bytes,
+        ulonglong2* digest) {{
+    atomicAdd(&sum->a, a);
+    atomicAdd(&sum->b, b);
+    __threadfence();
+    if (atomicAdd(&sum->rows, 1u) + 1u != rows) return;
+    __threadfence();
+    a = atomicExch(&sum->a, 0ull);
+    b = atomicExch(&sum->b, 0ull);
+    sum->rows = 0;
+    const unsigned long long first = mix(a ^ page_bytes);
+    *digest = make_ulonglong2(first, mix(b + first));
+}}
+
 // Loads go past the first-level cache (ldcg): the owner may be writing, and only the second level is shared with it.
+// Thread 0 gets the sums of the slice.
 template <bool with_sums>
 __device__ __forceinline__ void copy_slice(
-        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
-        unsigned long long* __restrict__ sums) {{
-    const unsigned int row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
-    const Slice slice = slices[row];
-    const ulonglong2 page = pages[number];
-    const uint4* source = reinterpret_cast<const uint4*>(slice.source + page.x * slice.source_stride) + threadIdx.x;
-    uint4* target = reinterpret_cast<uint4*>(slice.target + page.y * slice.target_stride) + threadIdx.x;
+        const Slice& slice, unsigned long long from, unsigned long long to, unsigned long long& a,
+        unsigned long long& b) {{
+    const uint4* source = reinterpret_cast<const uint4*>(slice.source + from * slice.source_stride) + threadIdx.x;
+    uint4* target = reinterpret_cast<uint4*>(slice.target + to * slice.target_stride) + threadIdx.x;
     uint4 held[{WIDE_VECTORS}];
     #pragma unroll
     for (int i = 0; i < {WIDE_VECTORS}; ++i) held[i] = __ldcg(source + i * {BLOCK_THREADS});
     #pragma unroll
     for (int i = 0; i < {WIDE_VECTORS}; ++i) target[i * {BLOCK_THREADS}] = held[i];
     if (!with_sums) return;
-    unsigned long long a = 0, b = 0;
+    a = b = 0;
     #pragma unroll
     for (int i = 0; i < {WIDE_VECTORS}; ++i) {{
         const unsigned long long index = slice.word + 2u * (threadIdx.x + i * {BLOCK_THREADS}u);
@@ -109,24 +142,63 @@ __device__ __forceinline__ void copy_slice(
         of_warps[1][threadIdx.x / {WARP}u] = b;
     }}
     __syncthreads();
-    if (threadIdx.x < 2) {{
-        unsigned long long sum = 0;
+    if (threadIdx.x == 0) {{
         #pragma unroll
-        for (int i = 0; i < {BLOCK_THREADS} / {WARP}; ++i) sum += of_warps[threadIdx.x][i];
-        atomicAdd(sums + 2 * number + threadIdx.x, sum);
+        for (int i = 1; i < {BLOCK_THREADS} / {WARP}; ++i) {{
+            a += of_warps[0][i];
+            b += of_warps[1][i];
+        }}
     }}
+}}
+
+template <bool with_sums>
+__device__ __forceinline__ void copy_listed(
+        const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
+        Sum* sums, unsigned long long page_bytes, ulonglong2* digests) {{
+    const unsigned int row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
+    const ulonglong2 page = pages[number];
+    unsigned long long a, b;
+    copy_slice<with_sums>(slices[row], page.x, page.y, a, b);
+    if (with_sums && threadIdx.x == 0)
+        add_row(sums + number, gridDim.x / num_pages, a, b, page_bytes, digests + number);
 }}
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide(
         const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
         unsigned int num_groups) {{
-    copy_slice<false>(slices, num_pages, pages, nullptr);
+    copy_listed<false>(slices, num_pages, pages, nullptr, 0, nullptr);
 }}
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide_sum(
         const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,
-        unsigned int num_groups, unsigned long long* __restrict__ sums) {{
-    copy_slice<true>(slices, num_pages, pages, sums);
+        unsigned int num_groups, Sum* sums, unsigned long long page_bytes, ulonglong2* digests) {{
+    copy_listed<true>(slices, num_pages, pages, sums, page_bytes, digests);
+}}
+
+// A launch of few pages brings their numbers along as its argument: nothing has to be fetched from the host first.
+struct Few {{
+    const Slice* slices;
+    Sum* sums;
+    ulonglong2* digests;
+    unsigned long long page_bytes, num_pages;
+    unsigned int source[{FEW_PAGES}], target[{FEW_PAGES}];
+}};
+
+template <bool with_sums>
+__device__ __forceinline__ void copy_these(const Few& few) {{
+    const unsigned int num_pages = few.num_pages, row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
+    unsigned long long a, b;
+    copy_slice<with_sums>(few.slices[row], few.source[number], few.target[number], a, b);
+    if (with_sums && threadIdx.x == 0)
+        add_row(few.sums + number, gridDim.x / num_pages, a, b, few.page_bytes, few.digests + number);
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_few(const __grid_constant__ Few few) {{
+    copy_these<false>(few);
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_few_sum(const __grid_constant__ Few few) {{
+    copy_these<true>(few);
 }}
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_any(
@@ -151,7 +223,7 @@ struct Span {{
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
         const Span* __restrict__ spans, unsigned int num_pages, const unsigned long long* __restrict__ pages,
-        unsigned int num_groups, unsigned long long* __restrict__ sums) {{
+        unsigned int num_groups, Sum* sums, unsigned long long page_bytes, ulonglong2* digests) {{
     const unsigned int warp = (blockIdx.x * {BLOCK_THREADS}u + threadIdx.x) / {WARP}u, lane = threadIdx.x % {WARP}u;
     if (warp >= num_groups) return;
     const unsigned int row = warp / num_pages, number = warp - row * num_pages;
@@ -164,22 +236,7 @@ extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) sum_pages(
         add_word(__ldcg(words + i), span.word + i, a, b);
     }}
     add_up_warp(a, b);
-    if (lane == 0) {{
-        atomicAdd(sums + 2 * number, a);
-        atomicAdd(sums + 2 * number + 1, b);
-    }}
-}}
-
-// Makes digests of sums, in memory of the host, and the sums zero for the next launch.
-extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) finish_sums(
-        ulonglong2* __restrict__ sums, unsigned int num_pages, unsigned long long page_bytes,
-        ulonglong2* __restrict__ digests) {{
-    const unsigned int page = blockIdx.x * {BLOCK_THREADS}u + threadIdx.x;
-    if (page >= num_pages) return;
-    const ulonglong2 sum = sums[page];
-    const unsigned long long first = mix(sum.x ^ page_bytes);
-    digests[page] = make_ulonglong2(first, mix(sum.y + first));
-    sums[page] = make_ulonglong2(0, 0);
+    if (lane == 0) add_row(sums + number, num_groups / num_pages, a, b, page_bytes, digests + number);
 }}
 """
 

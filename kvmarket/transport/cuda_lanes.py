@@ -12,12 +12,15 @@ import numpy as np
 from kvmarket.digest import DIGEST_BYTES
 from kvmarket.errors import InvalidInputError, TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaTransfer
+from kvmarket.transport.cuda_kernels import FEW, SUM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvmarket.region.cuda import CudaPagedMemory
 
+BUSY_S = 0.0001
+"""A wait asks this long without leaving the processor; each question lets other threads of Python go on."""
 SPIN_S = 0.002
 """A wait polls this long without sleeping."""
 POLL_S = 0.0002
@@ -54,7 +57,9 @@ class Lane:
         self.host: np.ndarray = np.empty(0, np.uint8)
         self._device: Any = None
         self._sums: Any = None
+        self._places = (0, 0)
         self.digests: np.ndarray = NO_DIGESTS
+        self.few = FewPages()
 
     def load(self, data: np.ndarray) -> int:
         """Put an array where kernels of this lane find it, without waiting; return its address there.
@@ -75,16 +80,17 @@ class Lane:
         return there
 
     def summing(self, pages: int) -> tuple[int, int]:
-        """Return the addresses of (pages, 2) sums, zero when the stream has come this far, and of their digests.
+        """Return the addresses of sums of (pages,), zero when the stream has come this far, and of their digests.
 
-        Whoever adds to the sums has them made zero again on this stream.
+        A kernel that ends leaves them zero.
         """
         if pages > len(self.digests):
             count = max(64, 1 << (pages - 1).bit_length())
             self.digests = self._pinned(count * DIGEST_BYTES).view(NO_DIGESTS.dtype)
-            self._sums = self._cupy.cuda.Memory(count * DIGEST_BYTES)
-            self._runtime.memsetAsync(self._sums.ptr, 0, count * DIGEST_BYTES, self.stream.ptr)
-        return int(self._sums.ptr), int(self.digests.ctypes.data)
+            self._sums = self._cupy.cuda.Memory(count * SUM_BYTES)
+            self._runtime.memsetAsync(self._sums.ptr, 0, count * SUM_BYTES, self.stream.ptr)
+            self._places = int(self._sums.ptr), int(self.digests.ctypes.data)
+        return self._places
 
     def _pinned(self, nbytes: int) -> np.ndarray:
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
@@ -97,12 +103,33 @@ class Lane:
                 spent = time.monotonic() - began
                 if spent > STUCK_S:
                     raise TransferError(f"the card did not finish within {STUCK_S:.0f} s", scheme=SCHEME)
-                if spent < SPIN_S:
-                    os.sched_yield()  # a sleep of 0 would take some 50 us
-                else:
+                if spent > SPIN_S:
                     time.sleep(POLL_S)
+                elif spent > BUSY_S:
+                    os.sched_yield()  # a sleep of 0 would take some 50 us
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             raise TransferError(f"the card failed: {error}", scheme=SCHEME) from error
+
+
+class FewPages:
+    """The argument of a launch that brings its page numbers along.
+
+    Attributes:
+        address: where it is.
+    """
+
+    def __init__(self) -> None:
+        self._argument = np.zeros(1, FEW)
+        fields = self._argument[0]
+        self._source, self._target = fields["source"], fields["target"]
+        self._head = self._argument.view(np.uint8)[: FEW.fields["source"][1]].view(np.uint64)  # type: ignore[index]
+        self.address = int(self._argument.ctypes.data)
+
+    def fill(self, source_pages: np.ndarray, target_pages: np.ndarray, head: tuple[int, int, int, int]) -> None:
+        """Set the page numbers, and what comes before them: the table, sums, digests, bytes of a page."""
+        count = len(source_pages)
+        self._source[:count], self._target[:count] = source_pages, target_pages
+        self._head[:] = (*head, count)
 
 
 class LaneTransfer(CudaTransfer):

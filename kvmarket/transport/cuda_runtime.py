@@ -58,9 +58,13 @@ class CupyCuda(CudaApi):
         except (CudaDriverError, self._runtime.CUDARuntimeError) as error:
             raise TransportUnavailableError(f"no usable card: {error}", scheme=SCHEME) from error
         self._peers: set[tuple[int, int]] = set()
-        self.work = CardWork(cupy, count)
+        self.work = CardWork(cupy, self._driver, count)
 
     # ---- cards and memory
+
+    def make_current(self, device: int) -> None:
+        self._runtime.setDevice(device)
+        self._runtime.free(0)  # makes the context, if there is none yet
 
     def device_of(self, array: Any) -> int:
         return int(array.data.device_id)
@@ -73,6 +77,12 @@ class CupyCuda(CudaApi):
             return True
         if not self._runtime.deviceCanAccessPeer(here, there):
             return False
+        self._enable_peer_access(here, there)
+        if self._runtime.deviceCanAccessPeer(there, here):  # whoever reads here may be read from there
+            self._enable_peer_access(there, here)
+        return True
+
+    def _enable_peer_access(self, here: int, there: int) -> None:
         with current_device(self._runtime, here):
             try:
                 self._runtime.deviceEnablePeerAccess(there)
@@ -80,7 +90,6 @@ class CupyCuda(CudaApi):
                 if error.status != _PEER_ACCESS_ALREADY_ENABLED:
                     raise TransportUnavailableError(f"no peer access: {error}", scheme=SCHEME) from error
         self._peers.add((here, there))
-        return True
 
     def pointer(self, array: Any) -> int:
         return int(array.data.ptr)

@@ -13,13 +13,15 @@ from kvmarket.digest import WORD_BYTES
 from kvmarket.errors import TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaPagedMemory
 from kvmarket.region.pages import PageLayout, Segment
-from kvmarket.transport.cuda_kernels import BLOCK_THREADS, SOURCE, WARP, copy_table, digest_table
+from kvmarket.transport.cuda_driver import CudaDriverError
+from kvmarket.transport.cuda_kernels import BLOCK_THREADS, FEW_PAGES, SOURCE, WARP, copy_table, digest_table
 from kvmarket.transport.cuda_lanes import SCHEME, Lane, LaneTransfer, current_device, event_handle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmarket.region.cuda import CudaTransfer
+    from kvmarket.transport.cuda_driver import CudaDriver
 
 TABLES_MAX = 256
 """Copy tables kept on the cards."""
@@ -48,13 +50,20 @@ class CardWork:
 
     Args:
         cupy: the module.
+        driver: libcuda.
         devices: how many cards there are.
+
+    Attributes:
+        launches: kernels launched so far.
+        uploads: page lists and tables copied to a card so far.
     """
 
-    def __init__(self, cupy: Any, devices: int) -> None:
+    def __init__(self, cupy: Any, driver: CudaDriver, devices: int) -> None:
+        self._driver, self.launches, self.uploads = driver, 0, 0
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
         self._module = cupy.RawModule(code=SOURCE, options=("--std=c++17",))
         self._kernels: dict[str, Any] = {}
+        self._functions: dict[tuple[int, str], int] = {}
         self._lock = threading.Lock()
         self._idle: dict[int, list[Lane]] = {device: [] for device in range(devices)}
         self._tables: OrderedDict[tuple[Any, ...], tuple[PageLayout, PageLayout | None, _Table]] = OrderedDict()
@@ -70,16 +79,52 @@ class CardWork:
         """See `CudaApi.copy`."""
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
-        chosen = target_pages[:0] if digest is None else target_pages[digest]
         device = target.device
+        if digest is not None and not digest.any():
+            digest = None
         with current_device(self._runtime, device):
             lane = self._lane(device)
             try:
                 table = self._copy_table(source, target, lane)
-                finish = self._launch_copy(lane, table, _pairs(source_pages, target_pages), target, chosen)
-            except self._runtime.CUDARuntimeError as error:
+                few = bool(table.summing) and 0 < len(source_pages) <= FEW_PAGES
+                if few and (digest is None or bool(digest.all())):
+                    summing = digest is not None
+                    finish = self._launch_few(lane, table, source_pages, target, target_pages, summing=summing)
+                else:
+                    chosen = target_pages[:0] if digest is None else target_pages[digest]
+                    finish = self._launch_copy(lane, table, _pairs(source_pages, target_pages), target, chosen)
+            except (self._runtime.CUDARuntimeError, CudaDriverError) as error:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=SCHEME) from error
         return LaneTransfer(lane, self._idle[device], (source, target), finish)
+
+    def _launch_few(
+        self,
+        lane: Lane,
+        table: _Table,
+        source_pages: np.ndarray,
+        target: CudaPagedMemory,
+        target_pages: np.ndarray,
+        *,
+        summing: bool,
+    ) -> Callable[[], np.ndarray] | None:
+        """Do what `_launch_copy` does, with one call of the driver, for few pages of which all or none are digested."""
+        count = len(source_pages)
+        sums, digests = lane.summing(count) if summing else (0, 0)
+        lane.few.fill(source_pages, target_pages, (table.address, sums, digests, target.layout.page_bytes))
+        function = self._function(target.device, "copy_few_sum" if summing else "copy_few")
+        if target.after is not None:
+            self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
+        self._driver.launch(function, table.rows * count, BLOCK_THREADS, lane.stream.ptr, lane.few.address)
+        self.launches += 1
+        lane.event.record(lane.stream)
+        return lane.digests[:count].copy if summing else None
+
+    def _function(self, device: int, name: str) -> int:
+        """Return the driver's handle of a kernel on a card, which must be current."""
+        found = self._functions.get((device, name))
+        if found is None:
+            found = self._functions[device, name] = int(self._kernel(name).kernel.ptr)
+        return found
 
     def _launch_copy(
         self, lane: Lane, table: _Table, pairs: np.ndarray, target: CudaPagedMemory, chosen: np.ndarray
@@ -93,6 +138,7 @@ class CardWork:
         fused = bool(table.summing) and count == len(pairs)
         words = None if fused or not count else self._digest_table(target, lane)
         pages = lane.load(pairs if words is None else np.append(pairs, chosen.astype(np.uint64)))
+        self.uploads += 1
         if target.after is not None:
             self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
         with lane.stream:
@@ -120,11 +166,16 @@ class CardWork:
         lane = Lane(self._cupy)
         table = self._copy_table(source, target, lane)
         pages = lane.load(_pairs(source_pages, target_pages))
-        kernel, more = (table.summing, lane.summing(len(source_pages))[:1]) if digest else (table.kernel, ())
+        count, page_bytes = len(source_pages), target.layout.page_bytes
+        if digest:
+            lane.summing(count)
         lane.stream.synchronize()
 
-        def launch(_lane: Lane = lane) -> None:  # whose memory must last as long as this function
-            self._launch(table, kernel, pages, len(source_pages), *map(np.uint64, more))
+        def launch() -> None:
+            if digest:
+                self._launch_sums(table, table.summing, lane, pages, count, page_bytes=page_bytes)
+            else:
+                self._launch(table, table.kernel, pages, count)
 
         return launch
 
@@ -134,13 +185,12 @@ class CardWork:
         grid = -(-groups * table.threads // BLOCK_THREADS)
         args = (np.uint64(table.address), np.uint32(count), np.uint64(pages), np.uint32(groups), *more)
         self._kernel(kernel)((grid,), (BLOCK_THREADS,), args)
+        self.launches += 1
 
     def _launch_sums(self, table: _Table, kernel: str, lane: Lane, pages: int, count: int, *, page_bytes: int) -> None:
-        """Launch a kernel that adds up digests of `count` pages of `page_bytes`, and what brings them to the lane."""
+        """Launch a kernel that digests `count` pages of `page_bytes`, to where the lane has its digests."""
         sums, digests = lane.summing(count)
-        self._launch(table, kernel, pages, count, np.uint64(sums))
-        args = (np.uint64(sums), np.uint32(count), np.uint64(page_bytes), np.uint64(digests))
-        self._kernel("finish_sums")((-(-count // BLOCK_THREADS),), (BLOCK_THREADS,), args)
+        self._launch(table, kernel, pages, count, np.uint64(sums), np.uint64(page_bytes), np.uint64(digests))
 
     def _kernel(self, name: str) -> Any:
         if name not in self._kernels:  # compiled here, where the card that needs it is current
@@ -193,6 +243,7 @@ class CardWork:
         rows, kernel, summing, threads = made
         memory = self._cupy.cuda.Memory(rows.nbytes)
         staged, kind = lane.load(rows), self._runtime.memcpyDefault
+        self.uploads += 1
         self._runtime.memcpyAsync(memory.ptr, staged, rows.nbytes, kind, lane.stream.ptr)
         lane.stream.synchronize()  # it is used from other lanes, too
         table = _Table(memory, memory.ptr, len(rows), kernel, summing, threads)

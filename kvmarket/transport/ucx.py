@@ -114,10 +114,18 @@ class UcxTransport(ServingTransport):
             if self._driver is not None and not self._driver.alive:
                 raise TransportUnavailableError("the UCX driver has stopped", scheme=self.scheme)
             if self._driver is None:
-                self._driver = UcxDriver(self.settings, ipv6=self._ipv6)
+                self._driver = self.make_driver()
                 self.settings = self._driver.settings
                 logger.debug("kvmarket: UCX %s with settings made here: %s", ucx_version(), self.settings)
             return self._driver
+
+    def make_driver(self) -> UcxDriver:
+        """Start a worker and its thread."""
+        return UcxDriver(self.settings, ipv6=self._ipv6)
+
+    def make_server(self, driver: UcxDriver, incarnation: bytes) -> UcxServer:
+        """Start to listen."""
+        return UcxServer(driver, incarnation, self._addresses)
 
     # ---- owner
 
@@ -126,7 +134,7 @@ class UcxTransport(ServingTransport):
         driver = self.driver
         with self._lock:
             if self._server is None:
-                self._server = UcxServer(driver, incarnation, self._addresses)
+                self._server = self.make_server(driver, incarnation)
             return self._server.endpoints
 
     def lend(self, region: LentRegion) -> None:

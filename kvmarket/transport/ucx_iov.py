@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.region.cuda import CudaPagedMemory
+
 if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory, PageLayout
 
@@ -87,6 +89,8 @@ def page_lists(layout: PageLayout, bases: np.ndarray, pages: np.ndarray) -> np.n
 
 def local_bases(memory: PagedMemory) -> np.ndarray:
     """Return (memories,) uint64: where each memory of this process starts."""
+    if isinstance(memory, CudaPagedMemory):
+        return np.array(memory.pointers, np.uint64)
     return np.array([array.ctypes.data for array in memory.memories], np.uint64)
 
 

@@ -90,6 +90,8 @@ class UcxServer:
         TransportUnavailableError: this host has no addresses of the kind that the driver uses.
     """
 
+    session_type: type[ServerSession]
+
     def __init__(self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...] = ()) -> None:
         self.driver, self.incarnation = driver, incarnation
         self.regions: dict[int, LentRegion] = {}
@@ -115,7 +117,7 @@ class UcxServer:
         return self._keys[region.region_id]
 
     def _accept(self, endpoint: Endpoint) -> ServerSession:
-        session = ServerSession(self, endpoint)
+        session = self.session_type(self, endpoint)
         self.sessions.add(session)
         self.driver.tickers.add(session.tick)
         if len(self.sessions) > SESSIONS_MAX:
@@ -266,6 +268,9 @@ class ServerSession:
         self._driver.send_short(self.endpoint, encode_data_header(transfer, whole=not torn), data)
         if torn:
             self._send(Trailer(transfer, [], torn))
+
+
+UcxServer.session_type = ServerSession
 
 
 def bytes_of(memory: PagedMemory, pages: np.ndarray) -> bytes:

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, str] = {
 }
 SHARED_MEMORY = frozenset({"cma", "posix", "sysv", "xpmem", "knem"})
 ONE_SIDED = frozenset({"cma", "xpmem", "knem"})
-REQUIREMENTS = ("", "rdma", "shm", "one_sided")
+REQUIREMENTS = ("", "rdma", "shm", "one_sided", "no_host_bounce")
 
 
 def ucx_settings(environ: Mapping[str, str], *, ipv6: bool = False) -> dict[str, str]:

@@ -240,3 +240,33 @@ def test_kernels_that_overwrite_during_the_copy_are_caught(runtime_dir, torch, r
     assert reader.adopted > 100
     assert reader.torn > 0
     assert reader.mixed > 0, "no copy met a kernel that overwrites: the test shows nothing"
+
+
+@pytest.mark.parametrize("blocks", [1, 30, PAGES])
+async def test_the_facade_fetches_into_a_tensor_on_the_card(reader, runtime_dir, torch, blocks):
+    """Whatever part of the prompt is published; the rest of the tensor is not said to be filled."""
+    from kvmarket import Marketplace
+    from kvmarket.identity import ModelIdentity
+    from kvmarket.prefix_keys import PrefixKeys
+
+    owner, tokens = reader(), np.arange(PAGES * jobs.TOKENS + 3)
+    keys = PrefixKeys(jobs.namespace().digest, jobs.TOKENS, "sha256").of(tokens.astype("<u4"))
+    tensors = jobs.engine_tensors(torch, PAGES, 3)
+    publisher = owner.publisher(owner.lend(cuda_pages(jobs.engine_layout(PAGES), tensors)))
+    publisher.offer(keys[:blocks], list(range(blocks)), after=torch.cuda.current_stream())
+    publisher.flush(Deadline(20))
+    config = MarketConfig(runtime_dir=str(runtime_dir), registry_bytes=16 << 20)
+    out = torch.zeros((PAGES, jobs.SPEC.page_bytes), dtype=torch.uint8, device="cuda")
+    async with Marketplace(ModelIdentity("gpu-test"), jobs.SPEC, config=config) as market:
+        for _ in range(2):
+            result = await market.fetch(tokens, out=out)
+            report = result.report
+            assert (report.blocks_adopted, report.blocks_verified) == (blocks, blocks)
+            assert report.reason is (MissReason.NONE if blocks == PAGES else MissReason.NOT_PUBLISHED)
+            assert report.first_missing_block == (None if blocks == PAGES else blocks)
+        assert (await market.fetch(tokens + 1, out=out)).report.reason is MissReason.NOT_PUBLISHED
+        with pytest.raises(InvalidInputError, match="full blocks"):
+            await market.fetch(tokens, out=out[:1])
+    expected = torch.stack([tensor.view(torch.uint8).view(2, PAGES, -1) for tensor in tensors])
+    expected = expected.permute(2, 0, 1, 3).reshape(PAGES, -1)
+    assert torch.equal(out[:blocks], expected[:blocks])

@@ -1,0 +1,165 @@
+"""Reading the first blocks of a prefix while the later ones are still being hashed and looked up.
+
+A card copies 2 MiB in less time than hashing and looking up a block take together, so that a fetch whose steps follow
+each other keeps it waiting for most of the time. Only the common case is overlapped: blocks that one region of one
+owner holds, over a connection that streams. Whatever else comes up ends this part; the ordinary way does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmarket.errors import TransportError
+from kvmarket.outcome import Outcome, Sources
+from kvmarket.registry.records import have_digest, next_run
+from kvmarket.report import MissReason
+from kvmarket.transport import ReadRequest
+from kvmarket.verification import Verification
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from kvmarket.deadline import Deadline
+    from kvmarket.fetch import Fetcher
+    from kvmarket.identity import OwnerInfo
+    from kvmarket.region.pages import PagedMemory
+    from kvmarket.registry import LookupResult
+    from kvmarket.registry.base import Lookup
+    from kvmarket.registry.records import BlockRecords
+    from kvmarket.transport import Connection
+    from kvmarket.transport.base import Stream
+
+
+class OverlappedFetch:
+    """The overlapped part of one fetch: `run` inside the look-up, `finish` behind it.
+
+    Attributes:
+        asked: keys that came so far.
+        stages: seconds by stage.
+    """
+
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        groups: Iterable[list[bytes]],
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        deadline: Deadline,
+    ) -> None:
+        self._fetcher, self._groups = fetcher, iter(groups)
+        self._local, self._local_pages, self._deadline = local, local_pages, deadline
+        self.asked = 0
+        self.stages = {"hash": 0.0, "lookup": 0.0}
+        self._since = time.perf_counter()
+        self._owner: OwnerInfo | None = None
+        self._region = -1
+        self._connection: Connection | None = None
+        self._stream: Stream | None = None
+        self._open = True
+        self._blocks = 0
+        self._verifications: list[tuple[int, Verification]] = []
+
+    def run(self, lookup: Lookup) -> None:
+        """Take every group of keys: look it up, and start reading what was found. Errors of `lookup` pass."""
+        for keys in self._keys():
+            records = lookup.more(keys)
+            self.note("lookup")
+            if self._open and len(records):
+                self._open = self._start(records, lookup)
+                self._since = time.perf_counter()
+
+    def remaining_keys(self) -> list[bytes]:
+        """Return all keys that have not come yet."""
+        return [key for keys in self._keys() for key in keys]
+
+    def _keys(self) -> Iterator[list[bytes]]:
+        for keys in self._groups:
+            self.note("hash")
+            self.asked += len(keys)
+            yield keys
+
+    def note(self, stage: str) -> None:
+        """Book the time since the last call."""
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    def _start(self, records: BlockRecords, lookup: Lookup) -> bool:
+        """Start reading the blocks of `records`, which follow those before; False when the ordinary way must go on."""
+        first, last = int(records["block"][0]), int(records["block"][-1])
+        if self._stream is None and not self._connect(records, lookup):
+            return False
+        mine = records
+        if self._owner is None or self._stream is None or self._connection is None:
+            return False
+        if not bool(((records["owner"] == self._owner.owner) & (records["region"] == self._region)).all()):
+            mine = records[(records["owner"] == self._owner.owner) & (records["region"] == self._region)]
+        if len(mine) != last + 1 - first or (self._fetcher.verify == "full" and not have_digest(mine).all()):
+            return False
+        targets = self._local_pages[first : last + 1]
+        verification = Verification(self._fetcher.verify, mine, self._local, targets, self._connection.digest)
+        pages, generations = np.ascontiguousarray(mine["page"]), np.ascontiguousarray(mine["generation"])
+        wanted = verification.wanted
+        request = ReadRequest(pages, generations, self._local, targets, wanted, verification.compare)
+        self._verifications.append((first, verification))
+        self._blocks = last + 1
+        return self._stream.add(request, self._deadline)
+
+    def _connect(self, records: BlockRecords, lookup: Lookup) -> bool:
+        run = next_run(records, 0, set())
+        if run is None:
+            return False
+        owner = lookup.owners[int(run["owner"][0])]
+        connection = self._fetcher.open(run, owner, self._local, Outcome(), self._deadline)
+        if connection is None or not connection.digests:
+            return False
+        try:
+            self._stream = connection.stream(self._local)
+        except TransportError:
+            return False
+        self._owner, self._region, self._connection = owner, int(run["region"][0]), connection
+        return True
+
+    def abandon(self) -> None:
+        """Wait until nothing writes to the local pages any more, and forget what was read."""
+        if self._stream is not None:
+            with contextlib.suppress(TransportError):
+                self._stream.finish()
+
+    def finish(self, found: LookupResult, outcome: Outcome) -> Sources:
+        """Wait for what was started, and add what is good of it to `outcome`.
+
+        Args:
+            found: what the look-up came to; its first blocks are those that were read.
+            outcome: of the fetch.
+        """
+        sources = Sources()
+        if self._stream is None or self._owner is None:
+            return sources
+        began, owner = time.perf_counter(), self._owner
+        try:
+            report = self._stream.finish()
+        except TransportError as error:
+            self._fetcher.failed(owner, error, outcome)
+            sources.excluded.add(owner.owner)
+            return sources
+        verify_s = 0.0
+        for first, verification in self._verifications:
+            report.refused.update({first + index: MissReason.DIGEST_MISMATCH for index in verification.mismatched})
+            verify_s += verification.seconds
+            outcome.blocks_verified += verification.blocks
+        outcome.stages["verify"] += verify_s
+        outcome.stages["read"] += time.perf_counter() - began - verify_s
+        if found.blocks < self._blocks:  # the registry failed on the way: nothing of it can be checked
+            return sources
+        mine = found.records[(found.records["owner"] == owner.owner) & (found.records["region"] == self._region)]
+        good = self._fetcher.adopt(report, mine[: self._blocks], found.keys, owner, outcome)
+        if good:
+            sources.used[owner.owner] = owner
+        if good < self._blocks:
+            sources.excluded.add(owner.owner)
+        return sources

@@ -1,0 +1,127 @@
+"""UCX for pages on a card: the suite of transports, and a market whose processes cannot map each other's memory."""
+
+import os
+from dataclasses import replace
+
+import gpu_jobs as jobs
+import numpy as np
+import pytest
+from conftest import required
+
+from kvmarket.cuda import cuda_pages
+from kvmarket.deadline import Deadline
+from kvmarket.report import MissReason
+from kvmarket.testing.cuda_owner import CudaRegionOwner
+from kvmarket.testing.cuda_suite import CudaConformance
+from kvmarket.testing.region_owner import Lent
+from kvmarket.transport.ucx_cuda import CudaUcxTransport
+
+PAGES = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ucxx(gpu, request):
+    return required(request, "ucxx")
+
+
+class UcxCudaOwner(CudaRegionOwner):
+    """Serves its regions over UCX; its descriptors name no memory that a reader could map instead."""
+
+    def __init__(self):
+        super().__init__(real=True)
+        self.transport = CudaUcxTransport(os.environ, lambda: self.card.api, addresses=("127.0.0.1",))
+        self.endpoints = self.transport.serve(self.incarnation)
+
+    def lend(self, layout, sizes, pages):
+        lent = super().lend(layout, sizes, pages)
+        self.transport.lend(self._regions[-1])
+        return Lent(lent.owner, replace(lent.descriptor, cuda=(), endpoints={"ucx_cuda": self.endpoints}))
+
+    def close(self):
+        self.transport.stop_serving()
+        super().close()
+        self.transport.close()
+
+
+class TestWithinOneProcess(CudaConformance):
+    real = True
+
+    @pytest.fixture
+    def owner(self):
+        owner = UcxCudaOwner()
+        yield owner
+        owner.close()
+
+    @pytest.fixture
+    def transport(self, card):
+        transport = CudaUcxTransport(os.environ, lambda: card.api, addresses=("127.0.0.1",))
+        yield transport
+        transport.close()
+
+    def unreachable(self, lent):
+        return [(Lent(lent.owner, replace(lent.descriptor, endpoints={})), "does not listen")]
+
+    def vanish(self, owner):
+        owner.transport.stop_serving()
+
+
+def open_ucx_core(state, runtime_dir):
+    jobs.open_core(state, runtime_dir, transport="ucx", ucx_addresses="127.0.0.1")
+
+
+@pytest.fixture
+def owner(peers, runtime_dir):
+    peer = peers.spawn()
+    peer.call(open_ucx_core, str(runtime_dir))
+    peer.call(jobs.lend, PAGES, 1, timeout_s=60)
+    peer.call(jobs.offer, list(range(PAGES)))
+    return peer
+
+
+def fetch(torch, runtime_dir, **settings):
+    from kvmarket.config import MarketConfig
+    from kvmarket.core import MarketCore
+
+    config = MarketConfig(
+        runtime_dir=str(runtime_dir), registry_bytes=16 << 20, transport="ucx", ucx_addresses="127.0.0.1", **settings
+    )
+    core = MarketCore(jobs.namespace(), config)
+    tensors = [torch.zeros_like(tensor) for tensor in jobs.engine_tensors(torch, PAGES, 1)]
+    torch.cuda.synchronize()
+    local = cuda_pages(jobs.engine_layout(PAGES), tensors)
+    fetched = core.fetcher.fetch(iter([jobs.keys_of(PAGES)]), local, np.arange(PAGES), Deadline(20))
+    core.close()
+    return tensors, fetched.outcome
+
+
+def test_blocks_travel_from_card_to_card(owner, runtime_dir, torch, capsys):
+    tensors, outcome = fetch(torch, runtime_dir)
+    assert (outcome.blocks, outcome.reason, outcome.detail) == (PAGES, MissReason.NONE, "")
+    assert all(torch.equal(a, b) for a, b in zip(tensors, jobs.engine_tensors(torch, PAGES, 1), strict=True))
+    report = outcome.transfers[0]
+    assert report.transport == "ucx_cuda"
+    assert ("cuda_ipc" in report.path) != ("host_bounce" in report.path), report.path
+    with capsys.disabled():
+        print(f"\nucx on CUDA memory: {report.path}")
+
+
+def test_a_bounce_is_refused_when_asked(owner, runtime_dir, torch, monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp,cuda_copy,self")
+    tensors, outcome = fetch(torch, runtime_dir, ucx_require="no_host_bounce")
+    assert (outcome.blocks, outcome.reason) == (0, MissReason.UNREACHABLE)
+    assert "no_host_bounce" in outcome.detail
+    assert not any(bool(tensor.any()) for tensor in tensors)
+
+
+def test_a_bounce_that_is_allowed_is_said(owner, runtime_dir, torch, monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp,cuda_copy,self")
+    tensors, outcome = fetch(torch, runtime_dir)
+    assert outcome.blocks == PAGES, outcome.detail
+    assert outcome.transfers[0].path.endswith("host_bounce")
+    assert all(torch.equal(a, b) for a, b in zip(tensors, jobs.engine_tensors(torch, PAGES, 1), strict=True))
+
+
+def test_an_owner_that_dies_is_a_miss(owner, runtime_dir, torch):
+    assert fetch(torch, runtime_dir)[1].blocks == PAGES
+    owner.kill()
+    assert fetch(torch, runtime_dir)[1].blocks == 0

@@ -1,0 +1,141 @@
+"""Pages "on a card", with host memory in its place, over UCX: packed, sent, spread; the suite of transports."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvmarket.deadline import Deadline
+from kvmarket.errors import TransferError, TransportUnavailableError
+from kvmarket.region.pages import PageLayout
+from kvmarket.testing.cuda_owner import CudaRegionOwner
+from kvmarket.testing.cuda_suite import CudaConformance
+from kvmarket.testing.host_cuda import HostCuda
+from kvmarket.testing.region_owner import Lent
+from kvmarket.transport import ReadRequest, ucx_cuda
+from kvmarket.transport.ucx_cuda import CudaUcxTransport
+from kvmarket.transport.ucx_cuda_staging import CardStaging
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class UcxCudaOwner(CudaRegionOwner):
+    """Serves its regions over UCX; its descriptors name no memory that a reader could map instead."""
+
+    def __init__(self, *, real):
+        super().__init__(real=real)
+        self.transport = CudaUcxTransport(os.environ, lambda: self.card.api, addresses=("127.0.0.1",))
+        self.endpoints = self.transport.serve(self.incarnation)
+
+    def lend(self, layout, sizes, pages):
+        lent = super().lend(layout, sizes, pages)
+        self.transport.lend(self._regions[-1])
+        return Lent(lent.owner, replace(lent.descriptor, cuda=(), endpoints={"ucx_cuda": self.endpoints}))
+
+    def close(self):
+        self.transport.stop_serving()
+        super().close()
+        self.transport.close()
+
+
+class TestStagedOnHost(CudaConformance):
+    real = False
+
+    @pytest.fixture
+    def owner(self):
+        owner = UcxCudaOwner(real=self.real)
+        yield owner
+        owner.close()
+
+    @pytest.fixture
+    def transport(self, card):
+        transport = CudaUcxTransport(os.environ, lambda: card.api, addresses=("127.0.0.1",))
+        yield transport
+        transport.close()
+
+    def unreachable(self, lent):
+        return [(Lent(lent.owner, replace(lent.descriptor, endpoints={})), "does not listen")]
+
+    def vanish(self, owner):
+        owner.transport.stop_serving()
+
+
+@pytest.fixture
+def owner():
+    owner = UcxCudaOwner(real=False)
+    yield owner
+    owner.close()
+
+
+def test_bytes_that_go_through_the_host_are_said_to_and_can_be_refused(owner, monkeypatch):
+    layout = PageLayout.packed(4, 65_536)
+    lent = owner.lend(layout, [4 * 65_536], [bytes([page]) * 65_536 for page in range(4)])
+    api = HostCuda()
+    transport = CudaUcxTransport(os.environ, lambda: api, addresses=("127.0.0.1",), require="no_host_bounce")
+    try:
+        with pytest.raises(TransportUnavailableError, match="no_host_bounce"):
+            transport.connect(lent.owner, lent.descriptor)
+        monkeypatch.setattr(ucx_cuda, "reaches_cuda", lambda lanes: True)
+        assert "host_bounce" not in transport.connect(lent.owner, lent.descriptor).path
+    finally:
+        transport.close()
+        api.close()
+
+
+@pytest.mark.parametrize(
+    ("lanes", "peermem", "reached"),
+    [
+        ([("cuda_ipc", "cuda"), ("tcp", "lo")], False, True),
+        ([("cuda_ipc", ""), ("tcp", "lo")], False, False),
+        ([("tcp", "lo"), ("cma", "memory")], True, False),
+        ([("rc_mlx5", "mlx5_0:1")], True, True),
+        ([("rc_mlx5", "mlx5_0:1")], False, False),
+    ],
+)
+def test_which_lanes_reach_gpu_memory(lanes, peermem, reached, tmp_path, monkeypatch):
+    monkeypatch.setattr(ucx_cuda, "PEERMEM", tmp_path if peermem else tmp_path / "nothing")
+    assert ucx_cuda.reaches_cuda(tuple(lanes)) is reached
+
+
+def test_staging_buffers_are_bounded_and_used_again(monkeypatch):
+    monkeypatch.setattr("kvmarket.transport.ucx_cuda_staging.BYTES_MAX", 1 << 20)
+    monkeypatch.setattr("kvmarket.transport.ucx_cuda_staging.WAIT_S", 0.05)
+    api = HostCuda()
+    staging = CardStaging(api)
+    large = staging.take(5 << 20, 0)  # one larger than all, when there is no other
+    with pytest.raises(TransferError, match="became free"):
+        staging.take(1, 0)
+    staging.give_back(large)
+    assert staging.take(5 << 20, 0) is large
+    address = api.pointer(large)
+    assert len(staging.view(address + 5, 7)) == 7
+    with pytest.raises(TransferError, match="no staging buffer"):
+        staging.view(address + len(large) - 1, 2)
+    staging.give_back(large)
+    api.close()
+
+
+def test_reads_of_any_size_arrive_and_are_digested(owner):
+    page_bytes, count = 1 << 20, 21  # more than two chunks
+    rng = np.random.default_rng(1)
+    pages = [rng.bytes(page_bytes) for _ in range(count)]
+    lent = owner.lend(PageLayout.packed(count, page_bytes), [count * page_bytes], pages)
+    generations = np.asarray(owner.validate(0, range(count)), np.uint64)
+    transport = CudaUcxTransport(os.environ, lambda: owner.card.api, addresses=("127.0.0.1",))
+    try:
+        connection = transport.connect(lent.owner, lent.descriptor)
+        local = owner.card.memory(PageLayout.packed(count, page_bytes), [count * page_bytes])
+        digests = {}
+        order = rng.permutation(count)
+        request = ReadRequest(
+            order, generations[order], local, np.arange(count), np.ones(count, bool),
+            lambda indices, found: digests.update(zip(indices.tolist(), found.tolist(), strict=True)),
+        )  # fmt: skip
+        report = connection.read(request, deadline=Deadline(20))
+        assert (report.pages, report.refused) == (count, {})
+        assert all(bytes(local.views(slot)[0]) == pages[page] for slot, page in enumerate(order.tolist()))
+        assert digests == dict(enumerate(owner.card.api.digests(local, np.arange(count)).tolist()))
+        assert report.path.endswith("host_bounce")
+    finally:
+        transport.close()
