@@ -7,7 +7,6 @@ a thread of the caller's, straight into its pages. A disk that fails switches th
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import queue
 import threading
@@ -21,6 +20,7 @@ from kvmarket.digest import page_digests
 from kvmarket.disk_log import DiskLog, StoredBlock
 from kvmarket.disk_place import Place, namespace_directory, prune, read_epoch
 from kvmarket.errors import KVMarketError, RegistryError, RegistryUnavailableError
+from kvmarket.logs import Log
 from kvmarket.region.generations import memory_fence
 from kvmarket.region.pages import PagedMemory, copy_pages
 from kvmarket.report import TransferReport
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
     from kvmarket.region.region import LentRegion
 
-logger = logging.getLogger(__name__)
+events = Log(__name__)
 
 QUEUE_MAX = 4096
 """Blocks that wait to be written; more are dropped and counted."""
@@ -125,7 +125,9 @@ class DiskTier:
         damaged, log.damaged = log.damaged, 0
         if damaged:
             self._metrics.add(disk_blocks_damaged=damaged)
-            logger.warning("kvmarket: %d blocks on disk were not what was written, and are not served", damaged)
+            events.warning(
+                "disk_damaged", "blocks on disk were not what was written, and are not served", blocks=damaged
+            )
 
     # ---- writing
 
@@ -173,7 +175,7 @@ class DiskTier:
         try:
             self._queue.put_nowait(work)
         except queue.Full:
-            logger.debug("kvmarket: the disk's thread has much to do")
+            events.debug("disk_busy", "the disk's thread has much to do")
 
     def promote(self, take: Callable[[Sequence[StoredBlock], PagedMemory, int], int], count: int) -> None:
         """Once the log is open, hand up to `count` of its newest blocks to `take`, with their pages and the epoch."""
@@ -261,7 +263,7 @@ class DiskTier:
         """Switch the tier off."""
         self._metrics.add(disk_errors=1)
         if not self._off:
-            logger.warning("kvmarket: the disk tier is off, it could not be %s: %s", what, error)
+            events.warning("disk_off", "the disk tier is off", could_not_be=what, error=error)
         self._off = True
 
     def flush(self, deadline: Deadline) -> bool:

@@ -298,9 +298,9 @@ class Fetcher:
             owner: who delivered.
             outcome: of the fetch; its blocks are those before `run`.
         """
-        self._metrics.add_read(report.transport, report.path, report.nbytes)
         refused = report.refused
         good = min(refused, default=len(run))
+        self._metrics.add_read(report.transport, report.path, report.nbytes, report.tier, good)
         if refused:
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
@@ -309,8 +309,6 @@ class Fetcher:
             stale = [at for at, reason in refused.items() if reason is MissReason.STALE_GENERATION]
             self._stale.met(keys, run[stale])
         outcome.blocks += good
-        if good:
-            self._metrics.add_labelled("tier_blocks", "tier", report.tier, good)
         outcome.transfers.append(report)
         outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
         return good

@@ -36,6 +36,7 @@ FAMILIES = {
     "transport_bytes": Family("counter", "valid bytes read from peers, by the transport that did", "transport"),
     "path_reads": Family("counter", "reads from peers, by the way they took: mapped memory, or lanes of UCX", "path"),
     "path_bytes": Family("counter", "valid bytes read from peers, by the way they took", "path"),
+    "tier_blocks": Family("counter", "blocks read and proven, by the tier that held them: engine, host, disk", "tier"),
     "connections_failed": Family("counter", "owners that could not be connected to or read from, by reason", "reason"),
     # publishing
     "blocks_announced": Family("counter", "blocks that the registry took"),
@@ -51,7 +52,20 @@ FAMILIES = {
     "blocks_reannounced": Family("counter", "blocks announced again after a lease was lost"),
     "server_failures": Family("counter", "questions that the registry server did not answer"),
     "stale_records_removed": Family("counter", "records removed because their owner's page had moved on"),
+    # arenas and disk
+    "arena_evicted": Family("counter", "blocks that left an arena, by reason", "reason"),
+    "arena_blocks_turned_away": Family("counter", "blocks that found no room in an arena that leases and pins fill"),
+    "disk_blocks_written": Family("counter", "blocks written to the disk tier"),
+    "disk_blocks_missed": Family("counter", "blocks that were evicted before they could be written"),
+    "disk_blocks_dropped": Family("counter", "blocks not written because too many waited"),
+    "disk_blocks_promoted": Family("counter", "blocks taken from disk into the arena after a start"),
+    "disk_blocks_damaged": Family("counter", "blocks on disk that were not what was written; they are not served"),
+    "disk_errors": Family("counter", "errors of the disk; the first switches the tier off"),
     # now
+    "arena_resident_bytes": Family("gauge", "memory of arenas that holds published blocks"),
+    "arena_blocks_pinned": Family("gauge", "blocks of arenas that are pinned"),
+    "disk_bytes": Family("gauge", "size of the log on disk"),
+    "disk_blocks": Family("gauge", "blocks in the log on disk"),
     "announce_queue": Family("gauge", "batches waiting for the announcing thread"),
     "announce_backlog": Family("gauge", "batches waiting for the registry to be back"),
     "offered_blocks": Family("gauge", "blocks that this process offers to peers"),

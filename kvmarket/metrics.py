@@ -87,14 +87,16 @@ class Metrics:
         with self._lock:
             self._counts[labelled(name, label, self._known(name, value))] += amount
 
-    def add_read(self, transport: str, path: str, nbytes: int) -> None:
-        """Count one read from a peer, by what carried it: one call, since every read makes it."""
+    def add_read(self, transport: str, path: str, nbytes: int, tier: str, blocks: int) -> None:
+        """Count one read from a peer, by what carried it and what held it: one call, since every read makes it."""
         with self._lock:
             counts = self._counts
             for label, value in (("transport", transport), ("path", path)):
                 end = f"{{{label}={self._known(label, value)}}}"
                 counts[f"{label}_reads{end}"] += 1
                 counts[f"{label}_bytes{end}"] += nbytes
+            if blocks:
+                counts[f"tier_blocks{{tier={self._known('tier', tier)}}}"] += blocks
 
     def _known(self, name: str, value: str) -> str:
         values = self._values.setdefault(name, set())

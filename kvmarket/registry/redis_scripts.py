@@ -2,17 +2,17 @@
 
 Keys of a namespace share the slot of its digest, keys of owners share another:
 
-    kvm:{<digest>}:e                   the namespace's epoch
-    kvm:{<digest>}:h                   held back: restored after the server lost it, not served until this expires
-    kvm:{<digest>}:l:<owner>           the owner's lease in this namespace: who it is, for the lease's time
-    kvm:{<digest>}:i:<epoch>:<owner>   HASH block key -> blocks: its stretches, so that fencing it costs its own keys
-    kvm:{<digest>}:r:<epoch>:<head>    HASH of the stretches of one run: index | hash of the first block -> segments
+    kvm:2:{<digest>}:e                   the namespace's epoch
+    kvm:2:{<digest>}:h                   held back: restored after the server lost it, not served until this expires
+    kvm:2:{<digest>}:l:<owner>           the owner's lease in this namespace: who it is, for the lease's time
+    kvm:2:{<digest>}:i:<epoch>:<owner>   HASH block key -> blocks: its stretches, so that fencing it costs its own keys
+    kvm:2:{<digest>}:r:<epoch>:<head>    HASH of the stretches of one run: index | hash of the first block -> segments
 
-    kvm:{owners}:s                     SET of owners that are not fenced
-    kvm:{owners}:l:<owner>             its lease
-    kvm:{owners}:g:<owner>             HASH region number -> descriptor
-    kvm:{owners}:n:<owner>             SET of digest | epoch it announced in
-    kvm:{owners}:d                     HASH digest -> description of every namespace
+    kvm:2:{owners}:s                     SET of owners that are not fenced
+    kvm:2:{owners}:l:<owner>             its lease
+    kvm:2:{owners}:g:<owner>             HASH region number -> descriptor
+    kvm:2:{owners}:n:<owner>             SET of digest | epoch it announced in
+    kvm:2:{owners}:d                     HASH digest -> description of every namespace
 
 A *stretch* is blocks of one run, one after the other, that one owner announced; it is kept under its first block. A
 segment is ``length (4) | owner (4) | expires (4) | stretch``, and a stretch is
@@ -173,12 +173,12 @@ def namespace_key(digest: bytes, kind: bytes, *parts: bytes | int) -> bytes:
 
 @lru_cache(1024)
 def _slot(digest: bytes) -> bytes:
-    return b"kvm:{%b}:" % digest.hex().encode()
+    return b"kvm:2:{%b}:" % digest.hex().encode()
 
 
 def owners_key(kind: bytes, *parts: bytes | int) -> bytes:
     """Return the name of a key in the owners' slot."""
-    return b"kvm:{owners}:" + b":".join((kind, *map(_text, parts)))
+    return b"kvm:2:{owners}:" + b":".join((kind, *map(_text, parts)))
 
 
 def _text(part: bytes | int) -> bytes:

@@ -107,6 +107,7 @@ def work_and_check(reader, publisher, at, owner_at):
     for label, value in (("transport", "shm"), ("path", "mmap(memfd)")):
         assert seen.count(f"{label}_reads", value) == 2
         assert seen.count(f"{label}_bytes", value) == 2 * BLOCKS * SPEC.page_bytes
+    assert seen.count("tier_blocks", "engine") + seen.count("tier_blocks", "host") == 2 * BLOCKS
     assert [seen["kvmarket_fetch_seconds_count", phase] for phase in PHASES] == [3] * len(PHASES)
     assert 0 < seen["kvmarket_fetch_seconds_sum", "read"] <= seen["kvmarket_fetch_seconds_sum", "total"]
     assert (seen["kvmarket_marketplaces",], seen["kvmarket_registry_away",]) == (1, 0)
@@ -117,6 +118,7 @@ def work_and_check(reader, publisher, at, owner_at):
     assert seen.count("blocks_refused", "stale_generation") == BLOCKS
     assert seen.count("fetch_ended", "stale_generation") == 1
     assert seen.count("misses", "stale_generation") == 0, "the registry did hold it"
+    until(lambda: Scrape(at).count("stale_records_removed") == BLOCKS, "stale records are removed")
 
     theirs = Scrape(owner_at)
     assert theirs.count("blocks_announced") == 2 * BLOCKS
@@ -227,5 +229,5 @@ async def test_where_nobody_exports_nothing_is_timed_and_little_is_counted(peers
         finally:
             sys.setprofile(None)
         assert found.report.blocks_adopted == BLOCKS
-        assert calls == {"add": 3, "add_read": 1, "_known": 2}
+        assert calls == {"add": 3, "add_read": 1, "_known": 3}
         assert market.core.metrics.histograms() == {}

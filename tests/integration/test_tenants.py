@@ -176,17 +176,17 @@ def counted(registry):
 
             patch.setattr(registry._file, "read", counting)
         else:
-            exchange = registry._reads._round_trip
+            exchange = registry._reads._exchange
 
-            def counting_trip(connection, commands):
-                replies = exchange(connection, commands)
+            def counting_trip(node, commands):
+                replies = exchange(node, commands)
                 counts["round trips"] += 1
                 counts["commands"] += len(commands)
-                counts["bytes sent"] += sum(len(connection.pack_command(*each)[0]) for each in commands)
+                counts["bytes sent"] += len(repr(commands))
                 counts["bytes back"] += len(repr(replies))
                 return replies
 
-            patch.setattr(registry._reads, "_round_trip", counting_trip)
+            patch.setattr(registry._reads, "_exchange", counting_trip)
         yield counts
 
 

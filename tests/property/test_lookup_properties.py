@@ -85,7 +85,7 @@ def test_the_server_finds_what_the_reference_finds(server, announced, asked, pla
     if not plain:
         registry._runs._read = lambda *_: None  # what a crowded run leads to
     found = answer(registry, digest, announced, asked)
-    left = registry._writes.call(b"KEYS", b"kvm:{%b}:[ri]*" % digest.hex().encode())
+    left = registry._writes.call(b"KEYS", b"kvm:2:{%b}:[ri]*" % digest.hex().encode())
     registry.close()
     assert left == []
     assert found == answer(MemoryRegistry(), DIGEST, announced, asked)
