@@ -82,6 +82,11 @@ class HostCuda(CudaApi):
         self._allocations.append(SharedMemory(nbytes, "cuda"))
         return self._placed(self._allocations[-1].array, device)
 
+    def adopt(self, memory: SharedMemory, device: int = 0) -> None:
+        """Have shared memory that was made elsewhere pass for an allocation on a card."""
+        self._allocations.append(memory)
+        self._placed(memory.array, device)
+
     def upload(self, data: bytes, array: Any) -> None:
         array[:] = np.frombuffer(data, np.uint8)
 

@@ -35,7 +35,8 @@ def install():
 
     def on_card(tensors, num_blocks, memories):
         pages, shared, order = paged_memory(tensors, num_blocks, memories)
-        api._allocations.extend(shared)
+        for memory in shared:
+            api.adopt(memory)
         return CudaPagedMemory.of(api, pages.layout, [memory.array for memory in shared]), shared, order
 
     def launched_work():
