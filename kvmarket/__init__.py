@@ -23,7 +23,8 @@ from kvmarket.errors import (
     TransportError,
 )
 from kvmarket.identity import ModelIdentity, Namespace
-from kvmarket.marketplace import FetchResult, Marketplace
+from kvmarket.marketplace import Marketplace
+from kvmarket.outcome import FetchResult
 from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport, TransferReport
 from kvmarket.spec import KVCacheSpec
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError
+from kvmarket.logs import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+events = Log(__name__)
+
+KERNELS_S_MAX = 60.0
+"""Pages whose kernels have not ended by then are not published."""
+POLL_S, POLL_S_MAX = 0.0001, 0.002
+"""Whether kernels have ended is asked this often at first, and ever more rarely: asking takes time from the engine."""
 
 
 def completion(after: Any) -> Callable[[], bool]:
@@ -31,3 +40,23 @@ def completion(after: Any) -> Callable[[], bool]:
     if callable(after):
         return lambda: bool(after())
     raise InvalidInputError(f"expected a CUDA event or stream of torch or cupy, not {type(after).__name__}")
+
+
+def has_ended(after: Callable[[], bool], given_up: Callable[[], bool]) -> bool:
+    """Wait for kernels; False when they do not end in time, fail, or nobody is interested any more.
+
+    Args:
+        after: what `completion` returned.
+        given_up: True once nobody is interested.
+    """
+    limit, pause = time.monotonic() + KERNELS_S_MAX, POLL_S
+    try:
+        while not after():
+            if given_up() or time.monotonic() > limit:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S_MAX)
+    except RuntimeError as error:  # what torch and cupy make of CUDA's errors
+        events.warning("kernels_failed", "blocks are not announced, their kernels failed", error=error)
+        return False
+    return True

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmarket.arena_publish import ArenaPublisher, Stay, checked_seconds
+from kvmarket.calls import Calls, wait_for
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.cuda import is_cuda, packed_cuda_pages
@@ -21,7 +20,7 @@ from kvmarket.disk import DiskTier
 from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.hashing import TokenIds, token_array
 from kvmarket.identity import ModelIdentity, Namespace
-from kvmarket.outcome import Fetched, Outcome
+from kvmarket.outcome import Fetched, FetchResult, Outcome
 from kvmarket.prefix_keys import PrefixKeys
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
@@ -30,32 +29,16 @@ from kvmarket.registry.records import RECORD
 from kvmarket.report import FetchReport, MatchReport, MissReason, PublishReport
 from kvmarket.staging import StagingPool
 from kvmarket.tensors import as_pages
-from kvmarket.waiting import drain, retrieve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
     from kvmarket.spec import KVCacheSpec
 
-T = TypeVar("T")
-
 INLINE_BYTES_MAX = 128 << 10
 """Fetches of at most this many bytes are copied on the event loop: a thread hop would take longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchResult:
-    """What `Marketplace.fetch` returns.
-
-    Attributes:
-        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it, of cupy for a GPU.
-        report: what happened.
-    """
-
-    kv: np.ndarray
-    report: FetchReport
 
 
 class Marketplace:
@@ -85,15 +68,12 @@ class Marketplace:
         self._core = MarketCore(namespace, config, registry)
         self._config, self._spec, self._root = config, spec, namespace.digest
         self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash, namespace.sealer)
-        self._readers = ThreadPoolExecutor(config.fetch_concurrency, "kvmarket-read")
-        self._writer = ThreadPoolExecutor(1, "kvmarket-publish")
-        self._slots = asyncio.Semaphore(config.fetch_concurrency)
+        self._calls = Calls(config.fetch_concurrency, self._require_open)
         self._staging = StagingPool()
         self._arena: ArenaPublisher | None = None
         self._disk = DiskTier(self._core) if config.disk_bytes else None
         if self._disk is not None:
-            self._writer.submit(self._open_arena)  # for what a run before this one has left
-        self._running: set[asyncio.Future[Any]] = set()
+            self._calls.writer.submit(self._open_arena)  # for what a run before this one has left
         self._closing: asyncio.Task[None] | None = None
 
     # ---- life
@@ -117,13 +97,11 @@ class Marketplace:
         await asyncio.shield(self._closing)
 
     async def _shut_down(self) -> None:
-        if self._running:
-            await asyncio.wait(set(self._running))
+        await self._calls.end()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        self._readers.shutdown(wait=True)
-        self._writer.shutdown(wait=True)
+        self._calls.shut_down()
         if self._disk is not None:
             self._disk.close()
         if self._arena is not None:
@@ -201,12 +179,12 @@ class Marketplace:
         if keys:
             arena = self._arena
             if arena is None:
-                arena = await self._run(self._writer, self._open_arena, deadline)
-            new, announced = await self._run(
-                self._writer, partial(arena.put, keys, PagedMemory.packed(pages), stay), deadline, borrowed=True
+                arena = await self._calls.write(self._open_arena, deadline)
+            new, announced = await self._calls.write(
+                partial(arena.put, keys, PagedMemory.packed(pages), stay), deadline, borrowed=True
             )
             if announced is not None:
-                await self._wait(asyncio.wrap_future(announced), deadline)
+                await wait_for(asyncio.wrap_future(announced), deadline)
             blocks = arena.offered(keys)
         seconds = time.perf_counter() - began
         return PublishReport(len(keys) * self._spec.block_size, blocks, new, new * self._spec.page_bytes, seconds)
@@ -220,7 +198,7 @@ class Marketplace:
         """Take this process's blocks of a prefix back; returns how many. Peers stop adopting them at once."""
         keys = self._keys(tokens, extra_keys)
         deadline = Deadline(self._config.publish_deadline_s)
-        return await self._run(self._writer, lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
+        return await self._calls.write(lambda: self._arena.withdraw(keys) if self._arena else 0, deadline)
 
     async def pin(self, tokens: TokenIds, *, ttl_s: float, extra_keys: Sequence[bytes] | None = None) -> int:
         """Keep this process's blocks of a prefix from being evicted for `ttl_s` seconds from now; returns how many.
@@ -234,13 +212,13 @@ class Marketplace:
         keys = self._keys(tokens, extra_keys)
         seconds = checked_seconds("ttl_s", ttl_s)
         deadline = Deadline(self._config.publish_deadline_s)
-        return await self._run(self._writer, lambda: self._arena.pin(keys, seconds) if self._arena else 0, deadline)
+        return await self._calls.write(lambda: self._arena.pin(keys, seconds) if self._arena else 0, deadline)
 
     async def unpin(self, tokens: TokenIds, *, extra_keys: Sequence[bytes] | None = None) -> int:
         """End the pins of a prefix's blocks; returns how many there were."""
         keys = self._keys(tokens, extra_keys)
         deadline = Deadline(self._config.publish_deadline_s)
-        return await self._run(self._writer, lambda: self._arena.unpin(keys) if self._arena else 0, deadline)
+        return await self._calls.write(lambda: self._arena.unpin(keys) if self._arena else 0, deadline)
 
     async def bump_epoch(self) -> int:
         """Make every process forget all blocks of this namespace, for new weights; returns the new epoch."""
@@ -251,7 +229,7 @@ class Marketplace:
                 self._arena.clear()
             return epoch
 
-        return await self._run(self._writer, bump, Deadline(self._config.publish_deadline_s))
+        return await self._calls.write(bump, Deadline(self._config.publish_deadline_s))
 
     # ---- match and fetch
 
@@ -339,7 +317,7 @@ class Marketplace:
         groups = self._prefix_keys.groups(tokens) if extra_keys is None else iter([self._keys(tokens, extra_keys)])
         work = partial(self._core.fetcher.fetch, groups, local, np.arange(local.layout.num_pages), deadline)
         try:
-            return await self._on_reader(work, deadline)
+            return await self._calls.read(work, deadline)
         except DeadlineExceededError as error:
             nothing, late = LookupResult(0, 0, np.empty(0, RECORD)), MissReason.DEADLINE
             blocks = len(tokens) // self._spec.block_size
@@ -359,7 +337,7 @@ class Marketplace:
         if self._core.registry.local:
             return self._core.fetcher.lookup(keys)
         try:
-            return await self._run(self._readers, lambda: self._core.fetcher.lookup(keys), deadline)
+            return await self._calls.run(self._calls.readers, lambda: self._core.fetcher.lookup(keys), deadline)
         except DeadlineExceededError as error:
             return nothing, MissReason.DEADLINE, str(error)
 
@@ -370,24 +348,9 @@ class Marketplace:
         if small and self._core.registry.local and self._core.transports.immediate(found.owners.values()):
             return fetcher.read(found, local, pages, deadline)
         try:
-            return await self._on_reader(partial(fetcher.read, found, local, pages, deadline), deadline)
+            return await self._calls.read(partial(fetcher.read, found, local, pages, deadline), deadline)
         except DeadlineExceededError as error:
             return Outcome(reason=MissReason.DEADLINE, detail=str(error))
-
-    async def _on_reader(self, work: Callable[[], T], deadline: Deadline) -> T:
-        """Run `work`, which fills a caller's memory, on a reading thread; raises `DeadlineExceededError`."""
-        try:
-            if self._slots.locked():
-                async with asyncio.timeout(deadline.remaining_s):
-                    await self._slots.acquire()
-            else:
-                await self._slots.acquire()  # does not wait
-        except TimeoutError as error:
-            raise DeadlineExceededError("too many fetches were running") from error
-        try:
-            return await self._run(self._readers, work, deadline, borrowed=True)
-        finally:
-            self._slots.release()
 
     async def _stored(self, keys: list[bytes], epoch: int, deadline: Deadline) -> int:
         """Return how many leading blocks of `keys` are on this process's disk."""
@@ -395,7 +358,7 @@ class Marketplace:
             return 0
         if not self._disk.opened:
             with contextlib.suppress(DeadlineExceededError):
-                await self._run(self._readers, partial(self._disk.wait_opened, deadline), deadline)
+                await self._calls.run(self._calls.readers, partial(self._disk.wait_opened, deadline), deadline)
         return self._disk.run(keys, epoch)
 
     async def _read_stored(
@@ -408,7 +371,7 @@ class Marketplace:
             pages = np.arange(first, first + count)
             work = partial(self._disk.read, keys[first : first + count], epoch, local, pages, deadline)
             with contextlib.suppress(DeadlineExceededError):
-                outcome.add_disk(await self._run(self._readers, work, deadline, borrowed=True))
+                outcome.add_disk(await self._calls.run(self._calls.readers, work, deadline, borrowed=True))
 
     def _report(self, tokens: int, fetched: Fetched) -> FetchReport:
         metrics, report = self._core.metrics, fetched.report(tokens, self._spec)
@@ -429,41 +392,3 @@ class Marketplace:
         if self._closing is not None:
             raise MarketClosedError("this marketplace is closed")
         self._core.require_open()
-
-    async def _run(
-        self, pool: ThreadPoolExecutor, work: Callable[[], T], limit: Deadline, *, borrowed: bool = False
-    ) -> T:
-        """Run `work` on a thread of `pool`.
-
-        Args:
-            pool: where.
-            work: what to call.
-            limit: raise `DeadlineExceededError` when it passes. Work that has not begun by then never will.
-            borrowed: `work` touches the caller's memory. Once it has begun it is waited for, whatever happens; it must
-                end soon after `limit` does, which a cancellation of the caller brings forward.
-        """
-        self._require_open()
-        job = pool.submit(work)
-        future = asyncio.wrap_future(job)
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
-        try:
-            await self._wait(future, limit, give_up=lambda: job.cancel() or not borrowed)
-        except asyncio.CancelledError:
-            limit.cancel()
-            if not job.cancel():
-                await drain(future)
-            raise
-        return future.result()
-
-    async def _wait(
-        self, future: asyncio.Future[Any], limit: Deadline, give_up: Callable[[], bool] = lambda: True
-    ) -> None:
-        """Wait for `future`; raise its error, or `DeadlineExceededError` when `limit` passes and `give_up` agrees."""
-        future.add_done_callback(retrieve)
-        await asyncio.wait({future}, timeout=limit.remaining_s)
-        if not future.done() and not give_up():
-            await asyncio.wait({future})
-        if not future.done():
-            raise DeadlineExceededError("not done before the deadline: the registry or the threads are busy")
-        future.result()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from kvmarket.report import FetchReport, MissReason, TransferReport
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from kvmarket.identity import OwnerInfo
     from kvmarket.registry import LookupResult
     from kvmarket.spec import KVCacheSpec
@@ -88,3 +90,16 @@ class Fetched:
             first_missing_block=outcome.blocks if outcome.blocks < self.blocks_asked else None,
             detail=outcome.detail,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """What `Marketplace.fetch` returns.
+
+    Attributes:
+        kv: (blocks_adopted, page_bytes) uint8: the pages, packed. With ``out=`` a view of it, of cupy for a GPU.
+        report: what happened.
+    """
+
+    kv: np.ndarray
+    report: FetchReport

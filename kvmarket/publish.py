@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmarket.backlog import Backlog
-from kvmarket.completion import completion
+from kvmarket.completion import completion, has_ended
 from kvmarket.digest import page_digests
 from kvmarket.errors import (
     DeadlineExceededError,
@@ -44,12 +44,6 @@ BATCH_PAGES = 256
 """Pages announced per registry transaction."""
 QUEUE_MAX = 1024
 """Batches waiting for the announcing thread; more are dropped and counted, they are only lost hits."""
-
-
-KERNELS_S_MAX = 60.0
-"""Pages whose kernels have not ended by then are not published."""
-POLL_S, POLL_S_MAX = 0.0001, 0.002
-"""Whether kernels have ended is asked this often at first, and ever more rarely: asking takes time from the engine."""
 
 
 @dataclass
@@ -309,7 +303,7 @@ class Publisher:
         """Wait until the pages of `job` are final, and make those readable that nobody retracted or offered anew."""
         if job.after is None or job.generations is None:
             return
-        ended = self._ended(job.after)
+        ended = has_ended(job.after, lambda: self._closed)
         with self._lock:
             if not ended:
                 self._take_back(job)
@@ -317,20 +311,6 @@ class Publisher:
             rows = [i for i in np.flatnonzero(reserved).tolist() if self._page_of.get(job.keys[i]) == job.pages[i]]
             job.keys, job.pages = [job.keys[i] for i in rows], job.pages[rows]
             job.generations = self._region.generations.validate(job.pages)
-
-    def _ended(self, after: Callable[[], bool]) -> bool:
-        """Wait for kernels; False when they do not end, fail, or nobody is interested any more."""
-        limit, pause = time.monotonic() + KERNELS_S_MAX, POLL_S
-        try:
-            while not after():
-                if self._closed or time.monotonic() > limit:
-                    return False
-                time.sleep(pause)
-                pause = min(2 * pause, POLL_S_MAX)
-        except RuntimeError as error:  # what torch and cupy make of CUDA's errors
-            events.warning("kernels_failed", "blocks are not announced, their kernels failed", error=error)
-            return False
-        return True
 
     def _work(self, jobs: list[_Job]) -> None:
         """Do jobs in order; consecutive ones of one kind share a transaction."""

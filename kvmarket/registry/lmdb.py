@@ -16,8 +16,6 @@ later.
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,10 +27,11 @@ from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
     collect,
+    count_prefix,
     delete_prefix,
     delete_record,
+    forget_runs,
     keys_of_run,
-    run_has_owner,
 )
 from kvmarket.registry.lmdb_file import acquire_file, release_file
 from kvmarket.registry.lmdb_lookup import Answer, Answers, LmdbLookup, distinct
@@ -66,10 +65,6 @@ _U32 = 4
 
 def _u32(number: int) -> bytes:
     return number.to_bytes(_U32, "big")
-
-
-def _begins(prefix: bytes, key: bytes) -> bool:
-    return key.startswith(prefix)
 
 
 class LmdbRegistry(Registry):
@@ -226,15 +221,9 @@ class LmdbRegistry(Registry):
             prefix, owner_key = _u32(self.epoch_in(txn, digest)), _u32(owner)
             blocks = txn.cursor(self.table("blocks"))
             removed = sum(delete_record(blocks, prefix + key, owner_key) for key in keys)
-            self._forget_runs(txn, blocks, {(owner_key, prefix + key[:HEAD_BYTES]) for key in keys})
+            runs = {(owner_key, prefix + key[:HEAD_BYTES]) for key in keys}
+            forget_runs(txn.cursor(self.table("runs")), blocks, runs)
         return removed
-
-    def _forget_runs(self, txn: Transaction, blocks: Any, pairs: set[tuple[bytes, bytes]]) -> None:
-        """Take runs that owners have no blocks in any more off their lists."""
-        runs = txn.cursor(self.table("runs"))
-        for owner_key, run in pairs:
-            if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
-                runs.delete()
 
     def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
         gone: set[tuple[bytes, bytes]] = set()
@@ -247,7 +236,7 @@ class LmdbRegistry(Registry):
                     blocks.delete()
                     removed += 1
                     gone.add((value[OWNER_AT], key[: _U32 + HEAD_BYTES]))
-            self._forget_runs(txn, blocks, gone)
+            forget_runs(txn.cursor(self.table("runs")), blocks, gone)
         return removed
 
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
@@ -381,9 +370,8 @@ class LmdbRegistry(Registry):
         for _, data in txn.cursor(self.table("namespaces")):
             body = unpack("namespace", data)
             epoch = _u32(body.get("epoch", 0))
-            if visible_to(tag, body.get("description", {})) or not cursor.set_range(epoch):
-                continue
-            hidden += sum(1 for _ in takewhile(partial(_begins, epoch), cursor.iternext(values=False)))
+            if not visible_to(tag, body.get("description", {})):
+                hidden += count_prefix(cursor, epoch)
         return hidden
 
     def live_owners(self) -> list[tuple[OwnerInfo, list[int]]]:

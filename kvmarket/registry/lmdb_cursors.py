@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.registry.records import OWNER_AT, blocks_to_run_end
@@ -101,3 +101,17 @@ def delete_prefix(cursor: Cursor, prefix: bytes, limit: int) -> int:
         found = cursor.delete(dupdata=True)
         removed += 1
     return removed
+
+
+def forget_runs(runs: Cursor, blocks: Cursor, pairs: set[tuple[bytes, bytes]]) -> None:
+    """Take runs that owners have no blocks in any more off their lists; `pairs` are of owner and run."""
+    for owner_key, run in pairs:
+        if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
+            runs.delete()
+
+
+def count_prefix(cursor: Cursor, prefix: bytes) -> int:
+    """Count the records of all keys that begin with `prefix`."""
+    if not cursor.set_range(prefix):
+        return 0
+    return sum(1 for _ in takewhile(lambda key: key.startswith(prefix), cursor.iternext(values=False)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,91 +19,18 @@ import pytest
 
 from kvmarket.errors import RegistryError
 from kvmarket.registry.records import RUN_BLOCKS, make_records
+from kvmarket.testing.registry_world import RegistryWorld, bump_in_peer, publish_in_peer, release_in_peer
 from kvmarket.testing.sample_records import announce, chain, rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from types import SimpleNamespace
+    from collections.abc import Callable
 
     from kvmarket.registry import Registry
-    from kvmarket.testing.peers import Peer, PeerPool
-
-Opener = tuple["Callable[..., Registry]", tuple[Any, ...]]
+    from kvmarket.testing.peers import Peer
 
 
-def _open_in_peer(state: SimpleNamespace, function: Callable[..., Registry], args: tuple[Any, ...]) -> None:
-    state.registry = function(*args)
-
-
-def _publish_in_peer(state: SimpleNamespace, digest: bytes, keys: Sequence[bytes]) -> int:
-    state.registry.open_namespace(digest, {"name": "peer"})
-    owner: int = state.registry.register_owner(os.urandom(16)).owner
-    state.registry.register_region(owner, 0, {"of": owner})
-    assert announce(state.registry, digest, owner, keys)
-    return owner
-
-
-def _bump_in_peer(state: SimpleNamespace, digest: bytes) -> int:
-    epoch: int = state.registry.bump_epoch(digest)
-    return epoch
-
-
-def _release_in_peer(state: SimpleNamespace, owner: int) -> None:
-    state.registry.release_owner(owner)
-
-
-class RegistryConformance(ABC):
+class RegistryConformance(RegistryWorld):
     """The suite."""
-
-    death_notice_s = 0.0
-    """How long after its death an owner may still be served, as one with a lease."""
-
-    @abstractmethod
-    def make_registry(self) -> Registry:
-        """Return a new, empty registry; called once per test."""
-
-    def open_elsewhere(self) -> Opener | None:
-        """Return an importable function, and its arguments, that opens this test's registry in another process."""
-        return None
-
-    @pytest.fixture
-    def registry(self) -> Iterator[Registry]:
-        """The registry under test; owners are released as a marketplace would."""
-        registry = self.make_registry()
-        self._owners: list[int] = []
-        yield registry
-        for owner in self._owners:
-            registry.release_owner(owner)
-        registry.close()
-
-    @pytest.fixture
-    def namespace(self, registry: Registry) -> bytes:
-        """A namespace that is open."""
-        digest = os.urandom(32)
-        registry.open_namespace(digest, {"name": "test"})
-        return digest
-
-    @pytest.fixture
-    def elsewhere(self, peers: PeerPool) -> Callable[[], Peer]:
-        """Starts processes that have the same registry open."""
-        opener = self.open_elsewhere()
-        if opener is None:
-            pytest.skip("this registry is not shared by processes")
-
-        def start() -> Peer:
-            peer = peers.spawn()
-            peer.call(_open_in_peer, *opener)
-            return peer
-
-        return start
-
-    def new_owner(self, registry: Registry, regions: int = 1) -> int:
-        """Register an owner of this process with some regions."""
-        owner = registry.register_owner(os.urandom(16)).owner
-        for region in range(regions):
-            registry.register_region(owner, region, {"of": owner, "region": region})
-        self._owners.append(owner)
-        return owner
 
     # ---- announce and look up
 
@@ -418,7 +344,7 @@ class RegistryConformance(ABC):
         self, registry: Registry, namespace: bytes, elsewhere: Callable[[], Peer]
     ) -> None:
         keys, peer = chain(1, 50), elsewhere()
-        owner = peer.call(_publish_in_peer, namespace, keys)
+        owner = peer.call(publish_in_peer, namespace, keys)
         found = registry.lookup(namespace, keys)
         assert rows(found) == [(block, owner, block, 2) for block in range(50)]
         assert found.owners[owner].pid == peer.pid
@@ -426,7 +352,7 @@ class RegistryConformance(ABC):
         assert registry.region(owner, 0) is not None
         mine = self.new_owner(registry)
         assert mine != owner
-        peer.call(_release_in_peer, owner)
+        peer.call(release_in_peer, owner)
         assert registry.lookup(namespace, keys).blocks == 0
 
     def test_blocks_of_a_killed_owner_are_not_found(
@@ -434,7 +360,7 @@ class RegistryConformance(ABC):
     ) -> None:
         keys, mine, peer = chain(1, 50), self.new_owner(registry), elsewhere()
         assert announce(registry, namespace, mine, keys[:20])
-        owner = peer.call(_publish_in_peer, namespace, keys)
+        owner = peer.call(publish_in_peer, namespace, keys)
         assert registry.lookup(namespace, keys).blocks == 50
         peer.kill()
         time.sleep(self.death_notice_s)
@@ -450,7 +376,7 @@ class RegistryConformance(ABC):
     ) -> None:
         keys, mine = chain(1, 100), self.new_owner(registry)
         peers = [elsewhere() for _ in range(3)]
-        owners = [peer.call(_publish_in_peer, namespace, keys) for peer in peers]
+        owners = [peer.call(publish_in_peer, namespace, keys) for peer in peers]
         assert announce(registry, namespace, mine, keys[:40])
         for peer in peers[:2]:
             peer.kill()
@@ -468,7 +394,7 @@ class RegistryConformance(ABC):
         owner, keys, peer = self.new_owner(registry), chain(1, 5), elsewhere()
         old = registry.epoch(namespace)
         assert announce(registry, namespace, owner, keys)
-        new = peer.call(_bump_in_peer, namespace)
+        new = peer.call(bump_in_peer, namespace)
         assert registry.epoch(namespace) == new != old
         assert announce(registry, namespace, owner, keys, epoch=old) is False
         assert registry.lookup(namespace, keys).blocks == 0
