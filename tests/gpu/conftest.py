@@ -41,6 +41,11 @@ def required(request, name, minversion=None):
 
 
 @pytest.fixture(scope="session")
+def ucxx(gpu, request):
+    return required(request, "ucxx")
+
+
+@pytest.fixture(scope="session")
 def torch(gpu, request):
     return required(request, "torch")
 

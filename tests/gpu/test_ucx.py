@@ -1,68 +1,24 @@
 """UCX for pages on a card: the suite of transports, and a market whose processes cannot map each other's memory."""
 
-import os
-from dataclasses import replace
-
 import gpu_jobs as jobs
 import numpy as np
 import pytest
-from conftest import required
 
 from kvmarket.cuda import cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.report import MissReason
-from kvmarket.testing.cuda_owner import CudaRegionOwner
-from kvmarket.testing.cuda_suite import CudaConformance
-from kvmarket.testing.region_owner import Lent
-from kvmarket.transport.ucx_cuda import CudaUcxTransport
+from kvmarket.testing.ucx_cuda_suite import UcxCudaConformance
 
 PAGES = 40
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ucxx(gpu, request):
-    return required(request, "ucxx")
+def needs_ucxx(ucxx):
+    """Every test here needs it."""
 
 
-class UcxCudaOwner(CudaRegionOwner):
-    """Serves its regions over UCX; its descriptors name no memory that a reader could map instead."""
-
-    def __init__(self):
-        super().__init__(real=True)
-        self.transport = CudaUcxTransport(os.environ, lambda: self.card.api, addresses=("127.0.0.1",))
-        self.endpoints = self.transport.serve(self.incarnation)
-
-    def lend(self, layout, sizes, pages):
-        lent = super().lend(layout, sizes, pages)
-        self.transport.lend(self._regions[-1])
-        return Lent(lent.owner, replace(lent.descriptor, cuda=(), endpoints={"ucx_cuda": self.endpoints}))
-
-    def close(self):
-        self.transport.stop_serving()
-        super().close()
-        self.transport.close()
-
-
-class TestWithinOneProcess(CudaConformance):
+class TestWithinOneProcess(UcxCudaConformance):
     real = True
-
-    @pytest.fixture
-    def owner(self):
-        owner = UcxCudaOwner()
-        yield owner
-        owner.close()
-
-    @pytest.fixture
-    def transport(self, card):
-        transport = CudaUcxTransport(os.environ, lambda: card.api, addresses=("127.0.0.1",))
-        yield transport
-        transport.close()
-
-    def unreachable(self, lent):
-        return [(Lent(lent.owner, replace(lent.descriptor, endpoints={})), "does not listen")]
-
-    def vanish(self, owner):
-        owner.transport.stop_serving()
 
 
 def open_ucx_core(state, runtime_dir):

@@ -1,7 +1,6 @@
 """Pages "on a card", with host memory in its place, over UCX: packed, sent, spread; the suite of transports."""
 
 import os
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +8,8 @@ import pytest
 from kvmarket.deadline import Deadline
 from kvmarket.errors import TransferError, TransportUnavailableError
 from kvmarket.region.pages import PageLayout
-from kvmarket.testing.cuda_owner import CudaRegionOwner
-from kvmarket.testing.cuda_suite import CudaConformance
 from kvmarket.testing.host_cuda import HostCuda
-from kvmarket.testing.region_owner import Lent
+from kvmarket.testing.ucx_cuda_suite import UcxCudaConformance, UcxCudaOwner
 from kvmarket.transport import ReadRequest, ucx_cuda
 from kvmarket.transport.ucx_cuda import CudaUcxTransport
 from kvmarket.transport.ucx_cuda_staging import CardStaging
@@ -20,45 +17,8 @@ from kvmarket.transport.ucx_cuda_staging import CardStaging
 pytestmark = pytest.mark.timeout(120)
 
 
-class UcxCudaOwner(CudaRegionOwner):
-    """Serves its regions over UCX; its descriptors name no memory that a reader could map instead."""
-
-    def __init__(self, *, real):
-        super().__init__(real=real)
-        self.transport = CudaUcxTransport(os.environ, lambda: self.card.api, addresses=("127.0.0.1",))
-        self.endpoints = self.transport.serve(self.incarnation)
-
-    def lend(self, layout, sizes, pages):
-        lent = super().lend(layout, sizes, pages)
-        self.transport.lend(self._regions[-1])
-        return Lent(lent.owner, replace(lent.descriptor, cuda=(), endpoints={"ucx_cuda": self.endpoints}))
-
-    def close(self):
-        self.transport.stop_serving()
-        super().close()
-        self.transport.close()
-
-
-class TestStagedOnHost(CudaConformance):
+class TestStagedOnHost(UcxCudaConformance):
     real = False
-
-    @pytest.fixture
-    def owner(self):
-        owner = UcxCudaOwner(real=self.real)
-        yield owner
-        owner.close()
-
-    @pytest.fixture
-    def transport(self, card):
-        transport = CudaUcxTransport(os.environ, lambda: card.api, addresses=("127.0.0.1",))
-        yield transport
-        transport.close()
-
-    def unreachable(self, lent):
-        return [(Lent(lent.owner, replace(lent.descriptor, endpoints={})), "does not listen")]
-
-    def vanish(self, owner):
-        owner.transport.stop_serving()
 
 
 @pytest.fixture
