@@ -318,6 +318,21 @@ class ArenaPublisher:
         self._arena.close()
 
 
+def close_market(core: MarketCore, arena: ArenaPublisher | None, disk: DiskTier | None = None) -> None:
+    """Close a market with what it has of an arena and a disk tier, in the only order that is right.
+
+    What waits for the disk is read from the arena; what expires is withdrawn through the market; and the arena's memory
+    goes when the market has made it unreadable.
+    """
+    if disk is not None:
+        disk.close()
+    if arena is not None:
+        arena.stop()
+    core.close()
+    if arena is not None:
+        arena.close()
+
+
 def _copy(source: PagedMemory, source_pages: np.ndarray, target: PagedMemory, target_pages: np.ndarray) -> None:
     """Copy pages within one kind of memory; on a card, after the event that `source` names. Waits for the end."""
     if not isinstance(target, CudaPagedMemory):

@@ -42,7 +42,11 @@ EXPLAIN_EVERY_S = 5.0
 
 
 class Fetcher:
-    """Look-ups and reads in one namespace. Thread-safe."""
+    """Look-ups and reads in one namespace. Thread-safe.
+
+    Attributes:
+        verify: see `MarketConfig.verify`.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class Fetcher:
         self._namespace, self._digest = namespace, namespace.digest
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
-        self._verify = self.verify = config.verify
+        self.verify = config.verify
         self._helper = Helper()
         self._stale = StaleRecords(registry, self._digest, metrics)
         self._explaining = threading.Lock()
@@ -119,7 +123,7 @@ class Fetcher:
                     keep[rows], why = False, "unverified"
                 except TransportError:
                     keep[rows] = False
-        if self._verify == "full" and not (vouched := have_digest(found.records)).all():
+        if self.verify == "full" and not (vouched := have_digest(found.records)).all():
             keep, why = keep & vouched, "unverified"
         if keep.all():
             return found
@@ -189,7 +193,7 @@ class Fetcher:
     ) -> None:
         """Read what of `found` is not in `outcome` yet, then check that all of it is still true."""
         records = found.records
-        if self._verify == "full" and outcome.blocks < found.blocks and not (vouched := have_digest(records)).all():
+        if self.verify == "full" and outcome.blocks < found.blocks and not (vouched := have_digest(records)).all():
             records = records[vouched]
             outcome.reason, outcome.detail = (
                 MissReason.UNVERIFIED,
@@ -231,7 +235,7 @@ class Fetcher:
         if connection is None:
             return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
-        verification = Verification(self._verify, run, local, targets, connection.digest)
+        verification = Verification(self.verify, run, local, targets, connection.digest)
         request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
         reading = SharedRead(connection, request, deadline, verification)
         try:
@@ -268,7 +272,7 @@ class Fetcher:
             kinds = " or ".join(sorted(connection.fills))
             outcome.detail = f"{owner}: its blocks are read into {kinds} memory only, not into {local.kind} memory"
             return None
-        if self._verify == "full" and not can_digest(local.kind, connection.digest):
+        if self.verify == "full" and not can_digest(local.kind, connection.digest):
             outcome.reason = MissReason.UNVERIFIED
             outcome.detail = f"{owner}: its digests ({connection.digest}) cannot be compared in {local.kind} memory"
             return None
@@ -329,7 +333,7 @@ class Fetcher:
                     f"expected {self._page_bytes} and {self._fingerprint.hex()}",
                     peer=str(owner),
                 )
-            if self._verify == "full" and descriptor.verify != "full":
+            if self.verify == "full" and descriptor.verify != "full":
                 raise _UnverifiedError(
                     f"it does not compare every digest of what it adopts (KVMARKET_VERIFY={descriptor.verify} there)",
                     peer=str(owner),

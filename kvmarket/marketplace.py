@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.arena_publish import ArenaPublisher, Stay, checked_seconds
+from kvmarket.arena_publish import ArenaPublisher, Stay, checked_seconds, close_market
 from kvmarket.calls import Calls, wait_for
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
@@ -102,13 +102,7 @@ class Marketplace:
 
     def _close(self) -> None:
         self._calls.shut_down()
-        if self._disk is not None:
-            self._disk.close()
-        if self._arena is not None:
-            self._arena.stop()
-        self._core.close()
-        if self._arena is not None:
-            self._arena.close()
+        close_market(self._core, self._arena, self._disk)
 
     @property
     def namespace(self) -> Namespace:

@@ -58,29 +58,33 @@ class PrefixKeys:
             tokens: (n,) uint32, as `kvmarket.hashing.token_array` returns them.
             extra_keys: see `hash_blocks`; prompts with such are not remembered.
         """
-        size, algorithm = self._block_size, self._algorithm
+        size, total = self._block_size, len(tokens) // self._block_size
         if extra_keys is not None:
-            hashes = hash_blocks(tokens, size, root=self._root, algorithm=algorithm, extra_keys=extra_keys)
+            hashes = hash_blocks(tokens, size, root=self._root, algorithm=self._algorithm, extra_keys=extra_keys)
             return block_keys(hashes, seal=self._seal)
-        if len(tokens) < size:
+        if not total:
             return []
         known, shared = self._longest(tokens)
-        if known is not None and shared == len(tokens) // size:
+        if known is not None and shared == total:
             return known.keys[:shared]
-        hashes = known.hashes[:shared] if known is not None else []
-        parent = hashes[-1] if hashes else self._root
-        hashes += hash_blocks(tokens[shared * size :], size, root=parent, algorithm=algorithm)
-        keys = known.keys[:shared] if known is not None else []
-        keys += block_keys(hashes, shared, self._seal)
+        hashes, keys = ([], []) if known is None else (known.hashes[:shared], known.keys[:shared])
+        self._extend(tokens, hashes, keys)
         self._remember(tokens, hashes, keys)
         return keys
+
+    def _extend(self, tokens: np.ndarray, hashes: list[bytes], keys: list[bytes]) -> None:
+        """Add to the hashes and keys of the first blocks of `tokens` those of all others."""
+        size, have = self._block_size, len(hashes)
+        parent = hashes[-1] if have else self._root
+        hashes += hash_blocks(tokens[have * size :], size, root=parent, algorithm=self._algorithm)
+        keys += block_keys(hashes, have, self._seal)
 
     def groups(self, tokens: np.ndarray) -> Iterator[list[bytes]]:
         """Yield what `of` returns in groups, small ones first, each as soon as it is known; arguments as of `of`.
 
         So a fetch can look up and copy the first blocks while the others are hashed.
         """
-        size, total = self._block_size, len(tokens) // self._block_size
+        total = len(tokens) // self._block_size
         if not total:
             return
         known, shared = self._longest(tokens)
@@ -89,10 +93,7 @@ class PrefixKeys:
         for number in range(total):  # never as many groups
             end = min(start + (GROUP_BLOCKS << min(number, GROWTH_MAX)), total)
             if end > len(keys):
-                have = len(hashes)
-                parent = hashes[-1] if have else self._root
-                hashes += hash_blocks(tokens[have * size : end * size], size, root=parent, algorithm=self._algorithm)
-                keys += block_keys(hashes, have, self._seal)
+                self._extend(tokens[: end * self._block_size], hashes, keys)
             yield keys[start:end]
             start = end
             if start == total:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hmac
 import os
 import stat
-from contextlib import closing
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +22,6 @@ KEY_BYTES = 32
 _TAG_BYTES = 8
 _OTHERS = stat.S_IRWXO | stat.S_IWGRP
 """What a secret's file must not allow. Its group may read it, as mounted secrets of containers need."""
-
-
-class _Closing:
-    """A file descriptor, for `contextlib.closing`."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 class Secret:
@@ -66,10 +55,12 @@ class Secret:
             ConfigError: it cannot be read, or somebody else can; the message says which.
         """
         try:
-            handle = _Closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))  # a FIFO must not make us wait
-            with closing(handle):
-                _require_private(path, os.fstat(handle.fd))
-                data = os.read(handle.fd, BYTES_MAX + 3)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
+            try:
+                _require_private(path, os.fstat(fd))
+                data = os.read(fd, BYTES_MAX + 3)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise ConfigError(f"KVMARKET_SECRET_FILE {path} cannot be read: {error.strerror}") from error
         try:

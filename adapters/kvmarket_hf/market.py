@@ -19,7 +19,7 @@ from kvmarket import (
     ModelIdentity,
     Namespace,
 )
-from kvmarket.arena_publish import ArenaPublisher
+from kvmarket.arena_publish import ArenaPublisher, close_market
 from kvmarket.deadline import Deadline
 from kvmarket.hashing import token_array
 from kvmarket.prefix_keys import PrefixKeys
@@ -188,11 +188,7 @@ class CacheMarket:
         """Take everything back. Idempotent; no fetch may be running."""
         with self._lock:
             arena, self._arena = self._arena, None
-        if arena is not None:
-            arena.stop()
-        self.core.close()
-        if arena is not None:
-            arena.close()
+        close_market(self.core, arena)
 
 
 def _one_prompt(tokens: Any) -> np.ndarray:

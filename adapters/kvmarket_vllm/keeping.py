@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.arena_publish import ArenaPublisher
+from kvmarket.arena_publish import ArenaPublisher, close_market
 from kvmarket.core import MarketCore
 from kvmarket.disk import DiskTier
 from kvmarket.errors import InvalidInputError, KVMarketError
@@ -40,9 +40,7 @@ class Kept:
         try:
             self.arena = ArenaPublisher(self.core, nbytes=core.config.keep_bytes, disk=self._disk)
         except KVMarketError:
-            if self._disk is not None:
-                self._disk.close()
-            self.core.close()
+            close_market(self.core, None, self._disk)
             raise
         if self._verifies:
             publisher.remember_digests()
@@ -94,8 +92,4 @@ class Kept:
 
     def close(self) -> None:
         """Take everything back."""
-        if self._disk is not None:
-            self._disk.close()
-        self.arena.stop()
-        self.core.close()
-        self.arena.close()
+        close_market(self.core, self.arena, self._disk)

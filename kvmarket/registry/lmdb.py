@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kvmarket.errors import RegistryError, RegistryProtocolError
 from kvmarket.identity import visible_to
 from kvmarket.metrics import Metrics
@@ -39,6 +37,7 @@ from kvmarket.registry.records import (
     HEAD_BYTES,
     OWNER_AT,
     BlockRecords,
+    cut_to_living,
     decode_records,
     encode_records,
     pack,
@@ -280,13 +279,7 @@ class LmdbRegistry(Registry):
         dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
         if not dead and len(blocks) == len(keys) == len(records) and blocks[-1] == len(keys) - 1:
             return records, len(keys), ""  # one record each
-        run = complete = run_length(records["block"])
-        if dead:
-            records = records[~np.isin(records["owner"], dead)]
-            run = run_length(records["block"])
-        if len(records) and int(records["block"][-1]) >= run:
-            records = records[records["block"] < run]
-        return records, run, "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
+        return cut_to_living(records, run_length(records["block"]), len(keys), dead)
 
     def _is_living(self, txn: Transaction, owner: int, living: dict[int, OwnerInfo]) -> bool:
         if owner in living:

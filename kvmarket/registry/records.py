@@ -146,6 +146,29 @@ def run_length(blocks: np.ndarray) -> int:
     return int(gaps[0]) if len(gaps) else len(present)
 
 
+def cut_to_living(
+    records: BlockRecords, complete: int, asked: int, dead: Sequence[int]
+) -> tuple[BlockRecords, int, str]:
+    """Cut what a registry holds of a prefix to the longest run that living owners hold.
+
+    Args:
+        records: sorted by block.
+        complete: the `run_length` of their blocks.
+        asked: blocks that were asked for.
+        dead: owners among them that are not alive.
+
+    Returns:
+        The records, the length of the run, and what ended it, as in `LookupResult`.
+    """
+    run = complete
+    if dead:
+        records = records[~np.isin(records["owner"], dead)]
+        run = run_length(records["block"])
+    if len(records) and int(records["block"][-1]) >= run:
+        records = records[records["block"] < run]
+    return records, run, "" if run == asked else "owner_gone" if run < complete else "not_published"
+
+
 def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
     """Return the records of the longest run from block `first` on that one region of one owner serves."""
     if not first and not excluded and _of_one_region(records):

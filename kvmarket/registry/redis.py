@@ -21,6 +21,7 @@ from kvmarket.registry.records import (
     RECORD,
     RUN_BLOCKS,
     blocks_to_run_end,
+    cut_to_living,
     encode_records,
     pack,
     run_length,
@@ -332,14 +333,9 @@ def _longest(
 ) -> LookupResult:
     """Cut what the server has to the longest run that live owners hold."""
     living = {owner: info for owner, info in owners.items() if info is not None}
-    run = complete
-    if len(living) < len(owners):
-        records = records[np.isin(records["owner"], list(living))]
-        run = run_length(records["block"])
-    if len(records) and int(records["block"][-1]) >= run:
-        records = records[records["block"] < run]
+    dead = [owner for owner, info in owners.items() if info is None]
+    records, run, ended = cut_to_living(records, complete, len(keys), dead)
     if len(living) > 1:
         left = set(np.unique(records["owner"]).tolist())
         living = {owner: info for owner, info in living.items() if owner in left}
-    ended = "" if run == len(keys) else "owner_gone" if run < complete else "not_published"
     return LookupResult(epoch, run, records, ended, living if run else {}, keys)

@@ -17,6 +17,8 @@ from kvmarket.registry.records import (
     RECORD_BYTES,
     RUN_BLOCKS,
     BlockRecords,
+    block_index,
+    blocks_to_run_end,
     decode_records,
     decode_wire,
 )
@@ -64,15 +66,11 @@ def batches(keys: Sequence[bytes], limit: int = BLOCKS_PER_CALL_MAX) -> Iterator
     while start < len(keys):
         end = start + limit
         if end < len(keys):
-            end -= _index(keys[end]) % RUN_BLOCKS % limit
+            end -= block_index(keys[end]) % RUN_BLOCKS % limit
             if end <= start:
                 end = start + limit
         yield start, min(end, len(keys))
         start = end
-
-
-def _index(key: bytes) -> int:
-    return int.from_bytes(key[HEAD_BYTES:KEY_HEAD_BYTES], "big")
 
 
 def cuts(keys: Sequence[bytes]) -> tuple[list[int], bytes]:
@@ -101,7 +99,7 @@ def asked(keys: Sequence[bytes]) -> Asked:
     if len(hashes) != len(keys) * (length - KEY_HEAD_BYTES):
         raise RegistryProtocolError("block keys of one call must be equally long, and longer than a run's head")
     starts = _aligned(keys) or cuts(keys)[0]
-    runs = [(_index(keys[a]), b - a) for a, b in pairwise(starts)]
+    runs = [(block_index(keys[a]), b - a) for a, b in pairwise(starts)]
     return Asked([keys[a][:HEAD_BYTES] for a in starts[:-1]], runs, hashes, length - KEY_HEAD_BYTES)
 
 
@@ -109,10 +107,12 @@ def _aligned(keys: Sequence[bytes]) -> list[int] | None:
     """What `cuts` finds for the keys of one prefix, as far as the first and last key of each run tell; or None."""
     starts = [0]
     while (start := starts[-1]) < len(keys):
-        index = _index(keys[start])
-        end = min(start + RUN_BLOCKS - index % RUN_BLOCKS, len(keys))
+        end = min(start + blocks_to_run_end(keys[start]), len(keys))
         last = keys[end - 1]
-        if last[:HEAD_BYTES] != keys[start][:HEAD_BYTES] or _index(last) != index + end - 1 - start:
+        if (
+            last[:HEAD_BYTES] != keys[start][:HEAD_BYTES]
+            or block_index(last) != block_index(keys[start]) + end - 1 - start
+        ):
             return None
         starts.append(end)
     return starts

@@ -15,6 +15,7 @@ from kvmarket import Marketplace, MissReason
 from kvmarket.deadline import Deadline
 from kvmarket.region.pages import PagedMemory
 from kvmarket.testing.samples import SPEC, sample_kv, sample_spec, sample_tokens
+from kvmarket.testing.waiting import until
 
 LARGE = sample_spec(64 << 10)
 BLOCKS = 64
@@ -120,13 +121,6 @@ async def test_another_owner_takes_over(peers, config):
         assert not (await market.fetch(sample_tokens(1, 8))).report.hit
 
 
-def wait_until(condition, seconds=5):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 async def test_memory_of_dead_owners_is_let_go(peers, config):
     """A reader keeps the memory of an owner mapped; not for ever after the owner died."""
 
@@ -140,7 +134,7 @@ async def test_memory_of_dead_owners_is_let_go(peers, config):
             owner = start_owner(peers, config, LARGE, seed, 4)
             assert (await market.fetch(sample_tokens(seed, 4))).report.hit
             owner.kill()
-        await asyncio.to_thread(wait_until, lambda: mapped() <= before + 1)
+        await asyncio.to_thread(until, lambda: mapped() <= before + 1, "the memory is let go", 5)
 
 
 async def test_a_restarted_owner_is_another_owner(peers, config):
