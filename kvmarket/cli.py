@@ -10,9 +10,10 @@ from dataclasses import fields
 import typer
 
 import kvmarket
+from kvmarket.addresses import parse_address
 from kvmarket.config import HIDDEN, MarketConfig
 from kvmarket.diagnosis import OwnerView, Usage, check_shared_memory, check_ucx, usage, view_owners
-from kvmarket.diagnosis_peer import parse_address, view_address, view_owner
+from kvmarket.diagnosis_peer import view_address, view_owner
 from kvmarket.errors import KVMarketError
 from kvmarket.registry import Registry, open_registry
 
@@ -41,7 +42,7 @@ def _size(nbytes: float) -> str:
 
 def _doctor_peer(peer: str, config: MarketConfig) -> None:
     """Look at one peer only; an address needs no registry."""
-    if (address := parse_address(peer)) is not None:
+    if (address := parse_address(peer)) is not None and address[1]:
         lines = view_address(*address, config, os.environ)
     else:
         registry = _open(config)

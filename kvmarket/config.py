@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmarket.addresses import listening_address
 from kvmarket.errors import ConfigError
 from kvmarket.hashing import HASH_ALGORITHMS
 from kvmarket.logs import FORMATS as LOG_FORMATS
@@ -90,21 +91,6 @@ def _registry(text: str) -> str:
     raise ValueError(
         "must be 'lmdb' (default), 'lmdb:///directory', 'memory', or redis://, rediss:// or valkey:// and a host"
     )
-
-
-def listening_address(text: str) -> tuple[str, int]:
-    """Return host and port of ``PORT`` (of the loopback address), ``HOST:PORT`` or ``[IPv6]:PORT``.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    host, separator, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) >= 1 << 16 or (separator and not host):
-        raise ValueError("must be PORT, HOST:PORT or [IPv6]:PORT")
-    host = host or "127.0.0.1"
-    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
-        raise ValueError("an IPv6 address must be in brackets")
-    return host.strip("[]"), int(port)
 
 
 def _metrics(text: str) -> str:

@@ -11,7 +11,8 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmarket.config import MarketConfig, listening_address
+from kvmarket.addresses import listening_address
+from kvmarket.config import MarketConfig
 from kvmarket.digest import default_digest
 from kvmarket.disk_place import forget_on_disk
 from kvmarket.errors import (

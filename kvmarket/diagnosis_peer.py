@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -25,16 +24,6 @@ PEER_S = 8.0
 """For everything about one address."""
 ENDPOINTS_MAX = 3
 """Addresses of one owner that are tried."""
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:/\s\[\]]+)):(?P<port>\d{1,5})")
-_PORT_MAX = 65535
-
-
-def parse_address(text: str) -> tuple[str, int] | None:
-    """Return the host and port of ``HOST:PORT`` or ``[IPv6]:PORT``, or None for what is neither."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None or not 0 < int(match["port"]) <= _PORT_MAX:
-        return None
-    return match["v6"] or match["host"], int(match["port"])
 
 
 def view_address(

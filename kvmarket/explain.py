@@ -36,7 +36,9 @@ def explain_nothing_found(registry: Registry, namespace: Namespace) -> tuple[Mis
     hint = ""
     if any(map(_is_about_hashing, differences)):
         hint = "; block hashes differ between processes: use one hash algorithm and one PYTHONHASHSEED everywhere"
-    return MissReason.NAMESPACE_DIFFERS, f"the closest published namespace differs in {'; '.join(differences)}{hint}"
+    here = "" if publishers else "nobody publishes in this namespace yet; "
+    detail = f"{here}the closest published namespace differs in {'; '.join(differences)}{hint}"
+    return MissReason.NAMESPACE_DIFFERS, detail
 
 
 def _is_about_hashing(difference: str) -> bool:
