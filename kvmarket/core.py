@@ -80,7 +80,7 @@ class MarketCore:
             if self._owns_registry:
                 self.registry.close()
             raise
-        transports = make_transports(self.config, os.environ)
+        transports = make_transports(self.config, os.environ, namespace.secret)
         self.transports = TransportSelector(transports)
         auto, local = self.config.transport == "auto", self.registry.local
         self._listeners = Listeners(transports, auto=auto, this_host_only=local)

@@ -93,7 +93,7 @@ def usage(registry: Registry, tag: str = "") -> Usage:
 def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = False) -> list[OwnerView]:
     """Connect to every region of every live owner and say how, or why not; `explain`: of every transport."""
     registry = shared_registry(registry)
-    selector = TransportSelector(make_transports(config, os.environ))
+    selector = TransportSelector(make_transports(config, os.environ, config.read_secret()))
     views: list[OwnerView] = []
     for owner, regions in registry.live_owners():
         verdicts: list[str] = []

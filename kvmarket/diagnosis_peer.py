@@ -68,6 +68,8 @@ def view_address(
         said.append(f"it does not serve strangers ({found.refusal}), as it should: readers know it from the registry")
     elif found.refusal:
         said.append(f"it refuses: {found.refusal}")
+    if found.secret:
+        said.append("it serves only readers that prove to have its secret")
     if incarnation is None:
         said.append(_choice(shared=shared, same_host=same_host))
     if missing := missing_requirement(config.ucx_require, found.lanes):
@@ -126,7 +128,9 @@ def _paths(
     owner: OwnerInfo, descriptor: RegionDescriptor, config: MarketConfig, environ: Mapping[str, str]
 ) -> list[str]:
     """Try every transport that ``auto`` has, whichever is set."""
-    selector = TransportSelector(make_transports(replace(config, transport="auto"), dict(environ)))
+    selector = TransportSelector(
+        make_transports(replace(config, transport="auto"), dict(environ), config.read_secret())
+    )
     try:
         paths = selector.explain(owner, descriptor)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import MissingExtraError, TransportUnavailableError
 from kvmarket.logs import Log
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kvmarket.config import MarketConfig
     from kvmarket.region.region import LentRegion
+    from kvmarket.secret import Secret
     from kvmarket.transport.base import Transport
 
 events = Log(__name__)
@@ -29,10 +30,11 @@ def has_ucx() -> bool:
     return importlib.util.find_spec("ucxx") is not None
 
 
-def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
+def make_transports(config: MarketConfig, environ: Mapping[str, str], secret: Secret | None = None) -> list[Transport]:
     """Return the backends that ``KVMARKET_TRANSPORT`` allows, in order.
 
-    ``auto`` has UCX when ucxx is installed, for owners that the others do not reach; it starts with the first of them.
+    With a `secret`, owners and readers over a network must prove to each other that they have it. ``auto`` has UCX when
+    ucxx is installed, for owners that the others do not reach; it starts with the first of them.
 
     Raises:
         MissingExtraError, TransportUnavailableError: UCX or CUDA is asked for by name and cannot be used.
@@ -46,24 +48,29 @@ def make_transports(config: MarketConfig, environ: Mapping[str, str]) -> list[Tr
     if config.transport == "shm":
         return [ShmTransport(*here)]
     if config.transport == "ucx":
-        return _ucx(config, environ)
+        return _ucx(config, environ, secret)
     found = [InprocTransport(), ShmTransport(*here), CudaIpcTransport(*here, load_cuda)]
-    return [*found, *_ucx(config, environ)] if has_ucx() else found
+    return [*found, *_ucx(config, environ, secret)] if has_ucx() else found
 
 
-def _ucx(config: MarketConfig, environ: Mapping[str, str]) -> list[Transport]:
+def _ucx(config: MarketConfig, environ: Mapping[str, str], secret: Secret | None) -> list[Transport]:
     """Return UCX for host memory and, where cupy is installed, for memory of GPUs."""
     if not has_ucx():
         raise MissingExtraError("ucxx", "ucx")
     from kvmarket.transport.ucx import UcxTransport
 
     addresses = tuple(item.strip() for item in config.ucx_addresses.split(",") if item.strip())
-    require, connect_s = config.ucx_require, config.ucx_connect_s
-    found: list[Transport] = [UcxTransport(environ, require=require, addresses=addresses, connect_s=connect_s)]
+    options: dict[str, Any] = {
+        "require": config.ucx_require,
+        "addresses": addresses,
+        "connect_s": config.ucx_connect_s,
+        "secret": secret,
+    }
+    found: list[Transport] = [UcxTransport(environ, **options)]
     if importlib.util.find_spec("cupy") is not None:
         from kvmarket.transport.ucx_cuda import CudaUcxTransport
 
-        found.append(CudaUcxTransport(environ, load_cuda, require=require, addresses=addresses, connect_s=connect_s))
+        found.append(CudaUcxTransport(environ, load_cuda, **options))
     return found
 
 

@@ -27,6 +27,7 @@ from kvmarket.transport.ucx_driver import UcxDriver
 from kvmarket.transport.ucx_iov import local_iov
 from kvmarket.transport.ucx_listen import uses_ipv6
 from kvmarket.transport.ucx_peer import CONNECT_S, GroupResult, Peer, Transfer
+from kvmarket.transport.ucx_proof import ProofKey
 from kvmarket.transport.ucx_read import GroupedRead
 from kvmarket.transport.ucx_rma import OneSidedRead, RemoteGroup, RemoteRegion
 from kvmarket.transport.ucx_server import UcxServer
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from kvmarket.region.descriptor import RegionDescriptor
     from kvmarket.region.pages import PagedMemory
     from kvmarket.region.region import LentRegion
+    from kvmarket.secret import Secret
     from kvmarket.transport.ucx_wire import Region
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class UcxTransport(ServingTransport):
             its own deadline; what is connected later serves the next.
         stage: True has every two-sided read of scattered pages arrive in a buffer first, False none, None those that
             gain by it (see `kvmarket.transport.ucx_staging`).
+        secret: the tenant's: readers and owners that do not prove to have it are refused. None or empty: anybody may
+            read who knows the owner's incarnation.
     """
 
     scheme = "ucx"
@@ -84,6 +88,7 @@ class UcxTransport(ServingTransport):
         cma_readers: int = 1,
         connect_s: float = CONNECT_S,
         stage: bool | None = None,
+        secret: Secret | None = None,
     ) -> None:
         self._ipv6 = uses_ipv6(environ, addresses)
         self.settings = ucx_settings(environ, ipv6=self._ipv6)
@@ -93,7 +98,8 @@ class UcxTransport(ServingTransport):
         self._driver: UcxDriver | None = None
         self._server: UcxServer | None = None
         self.connect_s = connect_s
-        self._peers = PeerTable(lambda: self.driver, require, connect_s)
+        self._key = ProofKey(secret)
+        self._peers = PeerTable(lambda: self.driver, require, connect_s, self._key)
         self._budget = ByteBudget(ALL_BYTES_MAX)
         self._budgets: dict[bytes, ByteBudget] = {}
         self._stage = stage
@@ -125,7 +131,7 @@ class UcxTransport(ServingTransport):
 
     def make_server(self, driver: UcxDriver, incarnation: bytes) -> UcxServer:
         """Start to listen."""
-        return UcxServer(driver, incarnation, self._addresses)
+        return UcxServer(driver, incarnation, self._addresses, self._key)
 
     # ---- owner
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.transport.ucx_driver import UcxDriver
+    from kvmarket.transport.ucx_proof import ProofKey
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ _LOOK_S = 0.05
 class Attempt:
     """One try to reach an owner at all its addresses. For one thread at a time; its connections go on without any."""
 
-    def __init__(self, driver: UcxDriver, incarnation: bytes, endpoints: Endpoints, connect_s: float) -> None:
-        self._driver, self._incarnation, self._connect_s = driver, incarnation, connect_s
+    def __init__(
+        self, driver: UcxDriver, incarnation: bytes, endpoints: Endpoints, connect_s: float, key: ProofKey
+    ) -> None:
+        self._driver, self._incarnation, self._connect_s, self._key = driver, incarnation, connect_s, key
         self._untried = list(endpoints)
         self._peers: list[Peer] = []
         self.began = time.monotonic()
@@ -51,7 +54,7 @@ class Attempt:
         """Begin at the next address, with what is left of the time."""
         address, port = self._untried.pop(0)
         left_s = max(0.0, self.began + self._connect_s - time.monotonic())
-        peer = Peer(self._driver, self._incarnation, address, port, left_s)
+        peer = Peer(self._driver, self._incarnation, address, port, connect_s=left_s, key=self._key)
         self._peers.append(peer)
         self._next = time.monotonic() + HEAD_START_S
         self._driver.submit(peer.start)
@@ -111,10 +114,11 @@ class PeerTable:
         driver: returns the transport's driver, started.
         require: lanes without which a connection is refused.
         connect_s: how long an attempt to connect may take.
+        key: of the secret that both sides must prove to have, if there is one.
     """
 
-    def __init__(self, driver: Callable[[], UcxDriver], require: str, connect_s: float) -> None:
-        self._driver, self._require, self._connect_s = driver, require, connect_s
+    def __init__(self, driver: Callable[[], UcxDriver], require: str, connect_s: float, key: ProofKey) -> None:
+        self._driver, self._require, self._connect_s, self._key = driver, require, connect_s, key
         self._lock = threading.Lock()
         self._gates: dict[bytes, threading.Lock] = {}
         self._peers: dict[bytes, Peer] = {}
@@ -149,7 +153,7 @@ class PeerTable:
         if attempt is None:
             if time.monotonic() < self._silent.get(key, 0.0):
                 self._refuse(owner, "it did not answer a moment ago")
-            attempt = Attempt(self._driver(), key, endpoints, self._connect_s)
+            attempt = Attempt(self._driver(), key, endpoints, self._connect_s, self._key)
         peer = attempt.wait(deadline if waits else Deadline(0.0))
         if peer is not None:
             return self._checked(owner, peer)

@@ -137,7 +137,7 @@ class CudaUcxTransport(UcxTransport):
         return CudaUcxDriver(self.settings, self.cuda, self.card_staging, ipv6=self._ipv6)
 
     def make_server(self, driver: UcxDriver, incarnation: bytes) -> CudaUcxServer:
-        return CudaUcxServer(driver, incarnation, self._addresses, self.card_staging)
+        return CudaUcxServer(driver, incarnation, self._addresses, self._key, self.card_staging)
 
     def uses_one_sided(self, peer: Any) -> bool:
         del peer

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvmarket.region.region import LentRegion
     from kvmarket.transport.ucx_cuda_staging import CardStaging
     from kvmarket.transport.ucx_driver import UcxDriver
+    from kvmarket.transport.ucx_proof import ProofKey
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,12 @@ class CudaUcxServer(UcxServer):
 
     session_type = CudaServerSession
 
-    def __init__(self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...], staging: CardStaging) -> None:
+    def __init__(
+        self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...], key: ProofKey, staging: CardStaging
+    ) -> None:
         self.staging = staging
         self._thread = ThreadPoolExecutor(1, "kvmarket-pack")
-        super().__init__(driver, incarnation, addresses)
+        super().__init__(driver, incarnation, addresses, key)
 
     def pack(
         self, session: CudaServerSession, region: LentRegion, transfer: int, pages: np.ndarray, generations: np.ndarray

@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING
 from kvmarket.errors import ConnectError, PeerGoneError, TransportError, TransportUnavailableError
 from kvmarket.transport import ucx_api as api
 from kvmarket.transport.ucx_driver import TICK_S, UcxDriver
+from kvmarket.transport.ucx_proof import ProofKey, fresh_nonce, same
 from kvmarket.transport.ucx_wire import (
     VERSION_MAX,
     VERSION_MIN,
+    Challenge,
     Describe,
     Hello,
     Message,
     Ping,
     Pong,
+    Proof,
+    Proven,
     Read,
     Refused,
     Region,
@@ -118,12 +122,23 @@ class Peer:
         port: of the owner.
         connect_s: a connection that has not been made after so long is given up. The heartbeat begins afterwards: until
             then there may be nobody to answer, as RDMA connections and loaded machines take their time.
+        key: of the secret that both sides must prove to have; without one, owners that demand it are refused.
     """
 
     def __init__(
-        self, driver: UcxDriver, incarnation: bytes, address: str, port: int, connect_s: float = CONNECT_S
+        self,
+        driver: UcxDriver,
+        incarnation: bytes,
+        address: str,
+        port: int,
+        *,
+        connect_s: float = CONNECT_S,
+        key: ProofKey | None = None,
     ) -> None:
-        self.driver, self._incarnation = driver, incarnation
+        self.driver, self._incarnation, self._key = driver, incarnation, key or ProofKey()
+        self._expected = b""
+        """The proof that the owner owes."""
+        self._proven = not self._key
         self.address, self.port = address, port
         self.endpoint: Endpoint | None = None
         self.lanes: tuple[tuple[str, str], ...] = ()
@@ -219,6 +234,10 @@ class Peer:
             self._welcome(message)
         elif isinstance(message, Refused):
             self._refused(message)
+        elif isinstance(message, Challenge):
+            self._challenged(message)
+        elif isinstance(message, Proven):
+            self._proven = bool(self._expected) and same(message.proof, self._expected)
         elif isinstance(message, Region):
             answer = self._describes.pop(message.transfer, None)
             if answer is not None:
@@ -282,10 +301,30 @@ class Peer:
     def _welcome(self, message: Welcome) -> None:
         if not VERSION_MIN <= message.version <= VERSION_MAX:
             self.close(f"the owner chose version {message.version}, which was not offered")
+        elif not self._proven:
+            self._give_up("the owner did not prove that it has the secret of this process")
         elif self.endpoint is not None and not self.ready.done():
             self.lanes = self.driver.lanes(self.endpoint)
             self._silent_ticks = 0
             self.ready.set_result(None)
+
+    def _challenged(self, message: Challenge) -> None:
+        """Prove that this process has the secret, once."""
+        if not self._key:
+            self._give_up("the owner demands a secret (KVMARKET_SECRET_FILE), and this process has none")
+        elif self._expected:
+            self.close("the owner asked for a second proof")
+        else:
+            nonce = fresh_nonce()
+            asked = self._incarnation, message.nonce, nonce
+            self._expected = self._key.of_owner(*asked)
+            self._send(Proof(nonce, self._key.of_reader(*asked)))
+
+    def _give_up(self, why: str) -> None:
+        """End a connection that is not made yet, and say why."""
+        if not self.ready.done():
+            self.ready.set_exception(TransportUnavailableError(why, scheme="ucx", peer=self.address))
+        self.close(why)
 
     def _refused(self, message: Refused) -> None:
         if answer := self._describes.pop(message.transfer, None):

@@ -17,7 +17,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmarket.errors import ConnectError, TransportError
-from kvmarket.transport.ucx_wire import VERSION_MAX, VERSION_MIN, Hello, Refused, Welcome, WireError, decode, encode
+from kvmarket.transport.ucx_wire import (
+    VERSION_MAX,
+    VERSION_MIN,
+    Challenge,
+    Hello,
+    Refused,
+    Welcome,
+    WireError,
+    decode,
+    encode,
+)
 
 if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
@@ -41,6 +51,7 @@ class Answer:
         connect_s: seconds until the first answer.
         round_trip_s: seconds from a question to its answer afterwards, the median.
         refusal: the owner's words, or empty where it accepted the incarnation.
+        secret: it serves only who proves to have its secret, which is not tried here.
     """
 
     address: str
@@ -49,6 +60,7 @@ class Answer:
     connect_s: float
     round_trip_s: float
     refusal: str
+    secret: bool
 
 
 def probe(driver: UcxDriver, host: str, port: int, deadline: Deadline, incarnation: bytes = UNKNOWN) -> Answer:
@@ -155,7 +167,7 @@ class _Asking:
         except WireError as error:
             self._fail(f"it sent {error}")
             return
-        if not isinstance(message, Welcome | Refused):
+        if not isinstance(message, Welcome | Refused | Challenge):
             self._fail("it sent what no owner sends to a reader that it does not know")
         elif self._endpoint is not None and not self.answer.done():
             if self._connect_s:
@@ -168,7 +180,8 @@ class _Asking:
                 return
             refusal = message.text if isinstance(message, Refused) else ""
             lanes, median = self._driver.lanes(self._endpoint), statistics.median(self._seconds)
-            self.answer.set_result(Answer(self._address, self._port, lanes, self._connect_s, median, refusal))
+            secret = isinstance(message, Challenge)
+            self.answer.set_result(Answer(self._address, self._port, lanes, self._connect_s, median, refusal, secret))
 
     def on_data(self, header: bytes, payload: Payload) -> None:
         del header

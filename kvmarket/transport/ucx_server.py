@@ -17,15 +17,20 @@ from kvmarket.transport import ucx_api as api
 from kvmarket.transport.ucx_iov import PIECES_MAX, local_iov
 from kvmarket.transport.ucx_listen import host_addresses, is_ipv6
 from kvmarket.transport.ucx_operations import RENDEZVOUS_BYTES
+from kvmarket.transport.ucx_proof import ProofKey, fresh_nonce, same
 from kvmarket.transport.ucx_wire import (
     VERSION_MAX,
     VERSION_MIN,
+    VERSION_PROOF,
     VERSION_WHOLE,
+    Challenge,
     Describe,
     Hello,
     Message,
     Ping,
     Pong,
+    Proof,
+    Proven,
     Read,
     Refused,
     Region,
@@ -85,6 +90,7 @@ class UcxServer:
         driver: whose worker listens; the server's state belongs to the driver's thread.
         incarnation: 16 bytes.
         addresses: addresses to announce; default: this host's, see `host_addresses`.
+        key: of the secret that readers must prove to have; without one they need not.
 
     Raises:
         TransportUnavailableError: this host has no addresses of the kind that the driver uses.
@@ -92,8 +98,10 @@ class UcxServer:
 
     session_type: type[ServerSession]
 
-    def __init__(self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...] = ()) -> None:
-        self.driver, self.incarnation = driver, incarnation
+    def __init__(
+        self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...] = (), key: ProofKey | None = None
+    ) -> None:
+        self.driver, self.incarnation, self.key = driver, incarnation, key or ProofKey()
         self.regions: dict[int, LentRegion] = {}
         self.sessions: set[ServerSession] = set()
         self._keys: dict[int, RegionKeys] = {}
@@ -145,6 +153,8 @@ class ServerSession:
     def __init__(self, server: UcxServer, endpoint: Endpoint) -> None:
         self._server, self._driver, self.endpoint = server, server.driver, endpoint
         self._version = 0
+        self._challenge: tuple[bytes, int] | None = None
+        """What the reader was asked, and the version to speak once it has answered."""
         self._reads = 0
         self._hello_until = time.monotonic() + HELLO_S
 
@@ -163,6 +173,8 @@ class ServerSession:
             return
         if isinstance(message, Hello):
             self._hello(message)
+        elif isinstance(message, Proof):
+            self._proof(message)
         elif not self._version:
             self._driver.disconnect(self.endpoint, "a message came before HELLO")
         elif isinstance(message, Read):
@@ -196,10 +208,32 @@ class ServerSession:
             self._send(Refused("version", f"this owner speaks {VERSION_MIN} to {VERSION_MAX}, not {wanted}"))
         elif hello.incarnation != self._server.incarnation:
             self._send(Refused("incarnation", "another incarnation listens here"))
+        elif not self._server.key or self._version:  # who is known already need not prove itself again
+            self._welcome(version)
+        elif version < VERSION_PROOF:
+            why = f"this owner serves who proves to have its secret, which takes version {VERSION_PROOF}"
+            self._send(Refused("secret", why))
         else:
-            self._version = version
-            self._driver.tickers.discard(self.tick)
-            self._send(Welcome(version))
+            self._challenge = fresh_nonce(), version
+            self._send(Challenge(self._challenge[0]))
+
+    def _proof(self, proof: Proof) -> None:
+        """Judge a proof: one for each challenge, so that nothing can be tried or replayed."""
+        if self._challenge is None:
+            self._driver.disconnect(self.endpoint, "a proof came that nobody asked for")
+            return
+        (nonce, version), self._challenge = self._challenge, None
+        key, asked = self._server.key, (self._server.incarnation, nonce, proof.nonce)
+        if not same(proof.proof, key.of_reader(*asked)):
+            self._send(Refused("secret", "this owner has another secret"))
+            return
+        self._send(Proven(key.of_owner(*asked)))
+        self._welcome(version)
+
+    def _welcome(self, version: int) -> None:
+        self._version = version
+        self._driver.tickers.discard(self.tick)
+        self._send(Welcome(version))
 
     def _describe(self, ask: Describe) -> None:
         region = self._server.regions.get(ask.region)

@@ -6,6 +6,9 @@ and, for one-sided reads, keys), and per group of pages READ -> (one data messag
 from stopped.
 
 Version 2 has no TRAILER after a data message that says itself that its pages were whole: short ones do.
+
+From version 3 on an owner with a secret answers HELLO with CHALLENGE, the reader sends PROOF, and the owner, once that
+is right, PROVEN (its own proof) and then WELCOME; see `kvmarket.transport.ucx_proof`.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from typing import Any, ClassVar
 import msgpack
 import numpy as np
 
-VERSION_MIN, VERSION_MAX = 1, 2
+from kvmarket.transport.ucx_proof import NONCE_BYTES, PROOF_BYTES
+
+VERSION_MIN, VERSION_MAX = 1, 3
 VERSION_WHOLE = 2
 """From this version on a data message may be the end of its read."""
+VERSION_PROOF = 3
+"""From this version on a reader can prove that it has a secret."""
 MESSAGE_BYTES_MAX = 1 << 20
 """Longer control messages are refused unread."""
 PAGES_MAX = 16384
@@ -61,8 +68,9 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The owner will not serve: `code` (``version``, ``incarnation``, ``region``, ``busy``) and `text` for people.
+    """The owner will not serve, for a reason that `text` tells people.
 
+    `code` is one of ``version``, ``incarnation``, ``secret``, ``region``, ``keys``, ``read``, ``busy`` and ``cuda``.
     `transfer` names the read that is refused, 0 for the whole connection.
     """
 
@@ -188,10 +196,44 @@ class Pong:
         """Nothing to check."""
 
 
-Message = Hello | Welcome | Refused | Describe | Region | Read | Trailer | Ping | Pong
-_KINDS: dict[int, type[Any]] = {
-    cls.kind: cls for cls in (Hello, Welcome, Refused, Describe, Region, Read, Trailer, Ping, Pong)
-}
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """The owner has a secret: prove that you have it, too."""
+
+    kind: ClassVar[int] = 10
+    nonce: bytes
+
+    def check(self) -> None:
+        _data(self.nonce, NONCE_BYTES, NONCE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The reader's answer, and what the owner has to answer."""
+
+    kind: ClassVar[int] = 11
+    nonce: bytes
+    proof: bytes
+
+    def check(self) -> None:
+        _data(self.nonce, NONCE_BYTES, NONCE_BYTES)
+        _data(self.proof, PROOF_BYTES, PROOF_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """The reader's proof was right; here is the owner's."""
+
+    kind: ClassVar[int] = 12
+    proof: bytes
+
+    def check(self) -> None:
+        _data(self.proof, PROOF_BYTES, PROOF_BYTES)
+
+
+Message = Hello | Welcome | Refused | Describe | Region | Read | Trailer | Ping | Pong | Challenge | Proof | Proven
+_CLASSES = (Hello, Welcome, Refused, Describe, Region, Read, Trailer, Ping, Pong, Challenge, Proof, Proven)
+_KINDS: dict[int, type[Any]] = {cls.kind: cls for cls in _CLASSES}
 
 
 def encode(message: Message) -> bytes:

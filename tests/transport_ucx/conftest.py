@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from kvmarket.region.pages import PageLayout
 from kvmarket.testing.peers import PeerPool
+from kvmarket.testing.region_owner import RegionOwner
 
 sys.path.insert(0, str(Path(__file__).parent))  # its owners run in processes of their own, and are imported here, too
 
@@ -38,3 +40,19 @@ def peers(ucx_pool):
     """Makes processes that are killed after the test."""
     yield ucx_pool
     ucx_pool.reap()
+
+
+@pytest.fixture
+def region_owner():
+    owner = RegionOwner()
+    owner.lend(PageLayout.packed(4, 64), [256], [b"x" * 64] * 4)
+    owner.validate(0, [0, 1, 2, 3])
+    yield owner
+    owner.close()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    directory = tmp_path / "runtime"
+    directory.mkdir(mode=0o700)
+    return {"runtime_dir": str(directory), "arena_bytes": 4 << 20, "registry_bytes": 16 << 20}

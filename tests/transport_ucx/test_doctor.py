@@ -169,17 +169,35 @@ def test_peers_that_cannot_be_are_named(peer, tmp_path):
     ) in errors
 
 
-async def test_an_owner_of_the_registry_is_looked_at_by_every_way(tmp_path):
+def owner_config(tmp_path, **changes):
     tmp_path.chmod(0o700)
-    config = MarketConfig(
+    return MarketConfig(
         runtime_dir=str(tmp_path), transport="ucx", arena_bytes=4 << 20, registry_bytes=16 << 20,
-        ucx_addresses="127.0.0.1",
+        ucx_addresses="127.0.0.1", **changes,
     )  # fmt: skip
+
+
+async def doctor_of_an_owner(config, tmp_path, **environ):
+    """Run the command on a marketplace of this process that has published something."""
     async with Marketplace("model", SPEC, config=config) as market:
         tokens = sample_tokens(1, 4)
         await market.publish(tokens, sample_kv(tokens))
         name = f"{socket.gethostname()}/pid {os.getpid()}"
-        status, lines, errors, _ = await asyncio.to_thread(doctor_peer, name, tmp_path, KVMARKET_TRANSPORT="ucx")
+        return await asyncio.to_thread(doctor_peer, name, tmp_path, KVMARKET_TRANSPORT="ucx", **environ)
+
+
+async def test_an_owner_with_a_secret_is_reached_by_who_has_it(tmp_path):
+    config = owner_config(tmp_path, secret="s" * 32)
+    status, lines, errors, _ = await doctor_of_an_owner(config, tmp_path, KVMARKET_SECRET="s" * 32)
+    assert status == 0, errors
+    assert "it serves only readers that prove to have its secret" in lines
+    assert any(line.startswith("ucx yes: cma(cma/memory") for line in lines)
+    _, lines, _, _ = await doctor_of_an_owner(config, tmp_path, KVMARKET_SECRET="t" * 32)
+    assert any(line.startswith("ucx no:") and "another secret" in line for line in lines), lines
+
+
+async def test_an_owner_of_the_registry_is_looked_at_by_every_way(tmp_path):
+    status, lines, errors, _ = await doctor_of_an_owner(owner_config(tmp_path), tmp_path)
     said = "\n".join(lines)
     assert status == 0, errors
     assert "shm yes: mmap(memfd)" in lines

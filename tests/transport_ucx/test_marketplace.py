@@ -1,6 +1,5 @@
 """Publishing and fetching through UCX: settings, the choice of the transport, and what reports say of it."""
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ucx_owners import BLOCKS, publish_in_peer
 
 from kvmarket import MarketConfig, Marketplace, core, reach
 from kvmarket.deadline import Deadline
@@ -22,21 +22,7 @@ from kvmarket.testing.samples import SPEC, sample_kv, sample_tokens
 from kvmarket.transport import ucx_settings
 from kvmarket.transport.ucx import UcxTransport
 
-BLOCKS = 12
 NAMESPACE = Namespace(ModelIdentity("model"), SPEC)
-
-
-def publish_in_peer(state, settings):
-    """Keep a marketplace open in a peer that has published one prompt."""
-
-    async def run():
-        tokens = sample_tokens(1, BLOCKS)
-        state.market = Marketplace("model", SPEC, config=MarketConfig(**settings))
-        await state.market.publish(tokens, sample_kv(tokens))
-
-    state.loop = asyncio.new_event_loop()
-    state.loop.run_until_complete(run())
-    return [region.describe().memories != () for region in state.market.core._regions]
 
 
 def publish_over_tcp_in_peer(state, settings):
@@ -52,13 +38,6 @@ def leases_in_peer(state):
 
 def close_in_peer(state):
     state.loop.run_until_complete(state.market.aclose())
-
-
-@pytest.fixture
-def settings(tmp_path):
-    directory = tmp_path / "runtime"
-    directory.mkdir(mode=0o700)
-    return {"runtime_dir": str(directory), "arena_bytes": 4 << 20, "registry_bytes": 16 << 20}
 
 
 async def fetch(settings, **changes):

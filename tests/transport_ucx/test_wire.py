@@ -5,11 +5,11 @@ import os
 import random
 import resource
 import time
-from types import SimpleNamespace
 
 import msgpack
 import numpy as np
 import pytest
+from fake_driver import INCARNATION, FakeServer, Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from ucx_owners import PeerUcxOwner, UcxRegionOwner
@@ -24,10 +24,13 @@ from kvmarket.transport.ucx_wire import (
     MESSAGE_BYTES_MAX,
     PAGES_MAX,
     VERSION_MAX,
+    Challenge,
     Describe,
     Hello,
     Ping,
     Pong,
+    Proof,
+    Proven,
     Read,
     Refused,
     Region,
@@ -42,7 +45,6 @@ from kvmarket.transport.ucx_wire import (
 )
 
 MESSAGES = 100_000
-INCARNATION = bytes(range(16))
 SAMPLES = [
     Hello(1, 1, INCARNATION),
     Welcome(1),
@@ -53,6 +55,9 @@ SAMPLES = [
     Trailer(7, [1, 2], [3]),
     Ping(),
     Pong(),
+    Challenge(bytes(16)),
+    Proof(bytes(16), bytes(32)),
+    Proven(bytes(32)),
 ]
 
 
@@ -65,7 +70,7 @@ def garbage(rng):
             yield rng.randbytes(rng.randrange(64))
         elif kind == 1:
             fields = [rng.choice([None, True, -1, 2**63, 2**64 - 1, 0.5, "", b"", b"x" * 16, [], {}]) for _ in range(6)]
-            yield msgpack.packb([rng.randrange(-1, 12), *fields[: rng.randrange(7)]])
+            yield msgpack.packb([rng.randrange(-1, 15), *fields[: rng.randrange(7)]])
         else:
             data = bytearray(rng.choice(encoded))
             for _ in range(rng.randrange(1, 4)):
@@ -97,7 +102,8 @@ def test_reads_carry_pages_and_generations():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "chosen"), [(1, 1, 1), (1, 9, VERSION_MAX), (0, 1, 1), (2, 9, 2), (3, 9, None), (0, 0, None)]
+    ("low", "high", "chosen"),
+    [(1, 1, 1), (1, 9, VERSION_MAX), (0, 1, 1), (1, 2, 2), (2, 9, 3), (3, 9, 3), (4, 9, None), (0, 0, None)],
 )
 def test_the_highest_common_version_is_chosen(low, high, chosen):
     assert common_version(Hello(low, high, INCARNATION)) == chosen
@@ -127,58 +133,6 @@ def test_data_headers(data):
 def test_what_is_no_message_is_refused(data):
     with pytest.raises(WireError):
         decode(data)
-
-
-class Recorder:
-    """A driver that only notes what a state machine does."""
-
-    alive = True
-
-    def __init__(self):
-        self.tickers, self.closed, self.sent = set(), [], 0
-
-    def send_control(self, endpoint, data):
-        self.sent += 1
-        assert len(data) <= MESSAGE_BYTES_MAX
-
-    def send_data(self, endpoint, header, iov, done):
-        done(0)
-
-    def receive(self, endpoint, payload, iov, done):
-        assert int(iov[:, 1].sum()) == payload.length
-        done(0)
-
-    def drop(self, payload):
-        """Nothing to give back."""
-
-    def disconnect(self, endpoint, why):
-        self.closed.append(why)
-
-    def connect(self, address, port, handler):
-        return object()
-
-    def lanes(self, endpoint):
-        return (("tcp", "lo"),)
-
-
-class FakeServer:
-    def __init__(self, driver, owner):
-        self.driver, self.incarnation, self.sessions = driver, INCARNATION, set()
-        self.regions = {region.region_id: region for region in owner._regions}
-
-    def keys(self, region):
-        return SimpleNamespace(memories=[(4096, 256, b"key")], table=[(8192, 4128, b"key")])
-
-
-@pytest.fixture
-def region_owner():
-    from kvmarket.testing.region_owner import RegionOwner
-
-    owner = RegionOwner()
-    owner.lend(PageLayout.packed(4, 64), [256], [b"x" * 64] * 4)
-    owner.validate(0, [0, 1, 2, 3])
-    yield owner
-    owner.close()
 
 
 def test_100000_bad_messages_do_not_harm_an_owner(region_owner):

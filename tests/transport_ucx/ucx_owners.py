@@ -1,5 +1,6 @@
 """Owners that serve through UCX, with `RegionOwner`'s methods, and readers; in this process or in a peer."""
 
+import asyncio
 import os
 import signal
 import time
@@ -7,21 +8,38 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvmarket import MarketConfig, Marketplace
 from kvmarket.deadline import Deadline
 from kvmarket.errors import TransportError
 from kvmarket.region.pages import PagedMemory
 from kvmarket.testing.networks import enter_network
 from kvmarket.testing.region_owner import Lent, RegionOwner, page_bytes_of, pattern_page
+from kvmarket.testing.samples import SPEC, sample_kv, sample_tokens
 from kvmarket.transport import ReadRequest
 from kvmarket.transport.ucx import UcxTransport
+
+BLOCKS = 12
+
+
+def publish_in_peer(state, settings):
+    """Keep a marketplace open in a peer that has published one prompt."""
+
+    async def run():
+        tokens = sample_tokens(1, BLOCKS)
+        state.market = Marketplace("model", SPEC, config=MarketConfig(**settings))
+        await state.market.publish(tokens, sample_kv(tokens))
+
+    state.loop = asyncio.new_event_loop()
+    state.loop.run_until_complete(run())
+    return [region.describe().memories != () for region in state.market.core._regions]
 
 
 class UcxRegionOwner(RegionOwner):
     """A region owner with a UCX listener. Its descriptors name no shared memory that a reader could map instead."""
 
-    def __init__(self, addresses=("127.0.0.1",)):
+    def __init__(self, addresses=("127.0.0.1",), **options):
         super().__init__()
-        self.transport = UcxTransport(os.environ, addresses=tuple(addresses))
+        self.transport = UcxTransport(os.environ, addresses=tuple(addresses), **options)
         self.endpoints = self.transport.serve(self.incarnation)
 
     def lend(self, layout, sizes, pages):
