@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.announced import Announced
 from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import explain_nothing_found
@@ -231,30 +232,38 @@ class Fetcher:
         keys: Sequence[bytes],
     ) -> int:
         """Read consecutive blocks of one region; return how many leading ones are good."""
-        connection = self.open(run, owner, local, outcome, deadline)
+        connection = self.open(int(run["region"][0]), owner, local, outcome, deadline)
         if connection is None:
             return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
-        verification = Verification(self.verify, run, local, targets, connection.digest)
-        request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
-        reading = SharedRead(connection, request, deadline, verification)
+        announced = Announced.of(run)
+        verification = Verification(self.verify, announced, local, targets, connection.digest)
+        threads = 1
         try:
-            report = reading.run(self._helper)
+            if connection.digests:  # such a read is nothing that threads could share
+                report = connection.read(verification.request, deadline=deadline)
+                report.refused.update(dict.fromkeys(verification.mismatched, MissReason.DIGEST_MISMATCH))
+            else:
+                request = ReadRequest(announced.pages, announced.generations, local, targets)
+                reading = SharedRead(connection, request, deadline, verification)
+                report, threads = reading.run(self._helper), reading.threads
         except TransportError as error:
             self.failed(owner, error, outcome)
             return 0
-        outcome.stages["verify"] += verification.seconds / reading.threads
-        outcome.stages["read"] += report.seconds - verification.seconds / reading.threads
+        outcome.stages["verify"] += verification.seconds / threads
+        outcome.stages["read"] += report.seconds - verification.seconds / threads
         outcome.blocks_verified += verification.blocks
-        return self.adopt(report, run, keys, owner, outcome)
+        if report.refused:
+            self.met_stale(report, run, keys)
+        return self.adopt(report, len(run), owner, outcome)
 
     def open(
-        self, run: BlockRecords, owner: OwnerInfo, local: PagedMemory, outcome: Outcome, deadline: Deadline
+        self, region: int, owner: OwnerInfo, local: PagedMemory, outcome: Outcome, deadline: Deadline
     ) -> Connection | None:
-        """Return a connection that reads the region of `run` into `local`, or None; `outcome` then says why."""
+        """Return a connection that reads a region of `owner` into `local`, or None; `outcome` then says why."""
         began = time.perf_counter()
         try:
-            connection = self._connect(owner, int(run["region"][0]), deadline)
+            connection = self._connect(owner, region, deadline)
         except TransportError as error:
             gone = isinstance(error, PeerGoneError)
             outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
@@ -290,32 +299,39 @@ class Fetcher:
         else:
             raise error
 
-    def adopt(
-        self, report: TransferReport, run: BlockRecords, keys: Sequence[bytes], owner: OwnerInfo, outcome: Outcome
-    ) -> int:
-        """Add to `outcome` what a read of the blocks of `run` came to; return how many leading ones are good.
+    def adopt(self, report: TransferReport, blocks: int, owner: OwnerInfo, outcome: Outcome) -> int:
+        """Add to `outcome` what a read came to; return how many leading blocks are good.
 
         Args:
             report: of the read.
-            run: the records that were read, all of one region of `owner`.
-            keys: what was looked up, so that records which turned out to be stale can be removed.
+            blocks: how many it was to read, all of one region of `owner`.
             owner: who delivered.
-            outcome: of the fetch; its blocks are those before `run`.
+            outcome: of the fetch; its blocks are those before.
         """
         refused = report.refused
-        good = min(refused, default=len(run))
+        good = min(refused) if refused else blocks
         self._metrics.add_read(report.transport, report.path, report.nbytes, report.tier, good)
         if refused:
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
             for reason, number in Counter(refused.values()).items():
                 self._metrics.add_reason("blocks_refused", reason, number)
-            stale = [at for at, reason in refused.items() if reason is MissReason.STALE_GENERATION]
-            self._stale.met(keys, run[stale])
         outcome.blocks += good
         outcome.transfers.append(report)
-        outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
+        name = str(owner)
+        outcome.sources[name] = outcome.sources.get(name, 0) + good
         return good
+
+    def met_stale(self, report: TransferReport, run: BlockRecords, keys: Sequence[bytes]) -> None:
+        """Have records removed that a read turned out to be stale.
+
+        Args:
+            report: of the read.
+            run: the records that were read, in that order.
+            keys: what was looked up.
+        """
+        stale = [at for at, reason in report.refused.items() if reason is MissReason.STALE_GENERATION]
+        self._stale.met(keys, run[stale])
 
     def _connect(self, owner: OwnerInfo, region_id: int, deadline: Deadline | None = None) -> Connection:
         def describe() -> RegionDescriptor:

@@ -131,11 +131,8 @@ def hash_blocks(
     out: list[bytes] = []
     parent = root
     if extra_keys is None and algorithm == "sha256":  # the default, in as little Python as can be
-        sha256, append = hashlib.sha256, out.append
-        for (piece,) in struct.iter_unpack(f"{step}s", data[: blocks * step]):
-            parent = sha256(parent + piece).digest()
-            append(parent)
-        return out
+        sha256, pieces = hashlib.sha256, struct.unpack(f"{step}s" * blocks, data[: blocks * step])
+        return [parent := sha256(parent + piece).digest() for piece in pieces]
     if extra_keys is None:
         for start in range(0, blocks * step, step):
             parent = digest(parent + data[start : start + step])

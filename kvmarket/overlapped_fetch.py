@@ -11,17 +11,17 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from kvmarket.announced import Announced
 from kvmarket.errors import TransportError
 from kvmarket.outcome import Outcome, Sources
-from kvmarket.registry.records import have_digest, next_run
+from kvmarket.registry.records import next_run
 from kvmarket.report import MissReason
-from kvmarket.transport import ReadRequest
 from kvmarket.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import numpy as np
 
     from kvmarket.deadline import Deadline
     from kvmarket.fetch import Fetcher
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
     from kvmarket.registry import LookupResult
     from kvmarket.registry.base import Lookup
-    from kvmarket.registry.records import BlockRecords
+    from kvmarket.registry.records import Part
     from kvmarket.transport import Connection
     from kvmarket.transport.base import Stream
 
@@ -66,10 +66,10 @@ class OverlappedFetch:
     def run(self, lookup: Lookup) -> None:
         """Take every group of keys: look it up, and start reading what was found. Errors of `lookup` pass."""
         for keys in self._keys():
-            records = lookup.more(keys)
+            part = lookup.more(keys)
             self.note("lookup")
-            if self._open and len(records):
-                self._open = self._start(records, lookup)
+            if self._open and part.blocks:
+                self._open = self._start(part, lookup)
                 self._since = time.perf_counter()
 
     def remaining_keys(self) -> list[bytes]:
@@ -88,40 +88,41 @@ class OverlappedFetch:
         self.stages[stage] = self.stages.get(stage, 0.0) + now - self._since
         self._since = now
 
-    def _start(self, records: BlockRecords, lookup: Lookup) -> bool:
-        """Start reading the blocks of `records`, which follow those before; False when the ordinary way must go on."""
-        first, last = int(records["block"][0]), int(records["block"][-1])
-        if self._stream is None and not self._connect(records, lookup):
+    def _start(self, part: Part, lookup: Lookup) -> bool:
+        """Start reading the blocks of `part`, which follow those before; False when the ordinary way must go on."""
+        if self._stream is None and not self._connect(part, lookup):
             return False
-        mine = records
         if self._owner is None or self._stream is None or self._connection is None:
             return False
-        if not bool(((records["owner"] == self._owner.owner) & (records["region"] == self._region)).all()):
-            mine = records[(records["owner"] == self._owner.owner) & (records["region"] == self._region)]
-        if len(mine) != last + 1 - first or (self._fetcher.verify == "full" and not have_digest(mine).all()):
+        mine = part.announced
+        if mine is None or part.owner != self._owner.owner or part.region != self._region:
+            records = part.records
+            mine = Announced.of(records[(records["owner"] == self._owner.owner) & (records["region"] == self._region)])
+        verify = self._fetcher.verify
+        if len(mine) != part.blocks or (verify == "full" and not mine.vouched):
             return False
-        targets = self._local_pages[first : last + 1]
-        verification = Verification(self._fetcher.verify, mine, self._local, targets, self._connection.digest)
-        pages, generations = np.ascontiguousarray(mine["page"]), np.ascontiguousarray(mine["generation"])
-        wanted = verification.wanted
-        request = ReadRequest(pages, generations, self._local, targets, wanted, verification.compare)
+        first, self._blocks = self._blocks, self._blocks + part.blocks
+        targets = self._local_pages[first : self._blocks]
+        verification = Verification(verify, mine, self._local, targets, self._connection.digest)
         self._verifications.append((first, verification))
-        self._blocks = last + 1
-        return self._stream.add(request, self._deadline)
+        return self._stream.add(verification.request, self._deadline)
 
-    def _connect(self, records: BlockRecords, lookup: Lookup) -> bool:
-        run = next_run(records, 0, set())
-        if run is None:
-            return False
-        owner = lookup.owners[int(run["owner"][0])]
-        connection = self._fetcher.open(run, owner, self._local, Outcome(), self._deadline)
+    def _connect(self, part: Part, lookup: Lookup) -> bool:
+        number, region = part.owner, part.region
+        if part.announced is None:
+            run = next_run(part.records, 0, set())
+            if run is None:
+                return False
+            number, region = int(run["owner"][0]), int(run["region"][0])
+        owner = lookup.owners[number]
+        connection = self._fetcher.open(region, owner, self._local, Outcome(), self._deadline)
         if connection is None or not connection.digests:
             return False
         try:
             self._stream = connection.stream(self._local)
         except TransportError:
             return False
-        self._owner, self._region, self._connection = owner, int(run["region"][0]), connection
+        self._owner, self._region, self._connection = owner, region, connection
         return True
 
     def abandon(self) -> None:
@@ -156,8 +157,11 @@ class OverlappedFetch:
         outcome.stages["read"] += time.perf_counter() - began - verify_s
         if found.blocks < self._blocks:  # the registry failed on the way: nothing of it can be checked
             return sources
-        mine = found.records[(found.records["owner"] == owner.owner) & (found.records["region"] == self._region)]
-        good = self._fetcher.adopt(report, mine[: self._blocks], found.keys, owner, outcome)
+        good = self._fetcher.adopt(report, self._blocks, owner, outcome)
+        if report.refused:
+            records = found.records
+            mine = records[(records["owner"] == owner.owner) & (records["region"] == self._region)]
+            self._fetcher.met_stale(report, mine, found.keys)
         if good:
             sources.used[owner.owner] = owner
         if good < self._blocks:

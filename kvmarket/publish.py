@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmarket.announced import DIGEST_BYTES
 from kvmarket.backlog import Backlog
 from kvmarket.completion import completion, has_ended
 from kvmarket.digest import page_digests
@@ -27,7 +28,7 @@ from kvmarket.errors import (
 )
 from kvmarket.logs import Log
 from kvmarket.region.generations import readable
-from kvmarket.registry.records import DIGEST_BYTES, make_records
+from kvmarket.registry.records import make_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

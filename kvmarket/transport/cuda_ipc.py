@@ -212,7 +212,8 @@ class CudaIpcConnection(Connection):
     ) -> CudaStream:
         if not isinstance(local, CudaPagedMemory):
             raise TransportUnavailableError("the target must be CUDA memory", scheme=self.scheme)
-        return CudaStream(self.path, local, self._source(local.device), self._generations, on_group, group_bytes)
+        source = self._source(local.device)
+        return CudaStream(self.path, local, source, self._generations, on_group, group_bytes, self.tier)
 
     def _source(self, device: int) -> CudaPagedMemory:
         if self._pages is not None:
