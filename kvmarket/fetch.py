@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +12,7 @@ import numpy as np
 from kvmarket.announced import Announced
 from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
-from kvmarket.explain import explain_nothing_found
+from kvmarket.explain import Explanations
 from kvmarket.helper import Helper
 from kvmarket.outcome import Fetched, Outcome, Sources
 from kvmarket.overlapped_fetch import OverlappedFetch
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
 _Answer = tuple[LookupResult, MissReason, str]
 """What a look-up found, and why that is not more."""
-EXPLAIN_EVERY_S = 5.0
-"""How often a registry that is not local is asked why nothing is found: it takes several round trips."""
 
 
 class Fetcher:
@@ -57,14 +53,14 @@ class Fetcher:
         config: MarketConfig,
         metrics: Metrics,
     ) -> None:
-        self._namespace, self._digest = namespace, namespace.digest
+        self._digest = namespace.digest
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
+        self.is_connected = transports.is_connected
         self.verify = config.verify
         self._helper = Helper()
         self._stale = StaleRecords(registry, self._digest, metrics)
-        self._explaining = threading.Lock()
-        self._explained: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
+        self._why = Explanations(registry, namespace).why
 
     def lookup(self, keys: Sequence[bytes]) -> _Answer:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
@@ -88,24 +84,6 @@ class Fetcher:
         if answer[1] is not MissReason.NONE:
             self._metrics.add_reason("misses", answer[1])
         return answer
-
-    def _why(self, result: LookupResult, asked: int) -> tuple[MissReason, str]:
-        """Say why a look-up of `asked` blocks did not find more."""
-        if result.blocks == asked:
-            return MissReason.NONE, ""
-        if result.blocks == 0 and result.first_missing == "not_published":
-            return self._explain()
-        return MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
-
-    def _explain(self) -> tuple[MissReason, str]:
-        """Say why nothing at all was found. Where the registry is not local, an answer is good for a while."""
-        if self._registry.local:
-            return explain_nothing_found(self._registry, self._namespace)
-        now = time.monotonic()
-        with self._explaining:
-            if now - self._explained[0] > EXPLAIN_EVERY_S:
-                self._explained = (now, *explain_nothing_found(self._registry, self._namespace))
-            return self._explained[1:]
 
     def fresh(self, found: LookupResult) -> LookupResult:
         """Drop records that a read would refuse already, as far as that shows without asking the owner.
@@ -144,17 +122,37 @@ class Fetcher:
             local_pages: (n,) page numbers there, at least one per key.
             deadline: when it passes, what is proven is the hit.
         """
-        overlapped = OverlappedFetch(self, groups, local, local_pages, deadline)
+        return self.complete(self.begin(groups, local, local_pages, deadline))
+
+    def begin(  # noqa: D417 - those of `fetch`
+        self,
+        groups: Iterable[list[bytes]],
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        deadline: Deadline,
+        *,
+        connect: bool = True,
+    ) -> OverlappedFetch:
+        """Do what of `fetch` waits for no copy; `complete` or `OverlappedFetch.abandon` must follow.
+
+        Args:
+            groups, local, local_pages, deadline: see `fetch`.
+            connect: False: read only over connections that are open.
+        """
+        begun = OverlappedFetch(self, groups, local, local_pages, deadline, connect=connect)
         try:
-            found, reason, detail = self._look_up_in_parts(overlapped)
+            begun.found, begun.reason, begun.detail = self._look_up_in_parts(begun)
         except BaseException:
-            overlapped.abandon()
+            begun.abandon()
             raise
-        outcome = Outcome()
-        outcome.stages |= overlapped.stages
-        sources = overlapped.finish(found, outcome)
-        self._read_rest(found, local, local_pages, deadline, outcome=outcome, sources=sources)
-        return Fetched(found, reason, detail, outcome, overlapped.asked)
+        return begun
+
+    def complete(self, begun: OverlappedFetch) -> Fetched:
+        """Wait for what was begun, read the rest, and check all of it: once."""
+        begun.settle()
+        found, outcome = begun.found, begun.outcome
+        self._read_rest(found, begun.local, begun.local_pages, begun.deadline, outcome=outcome, sources=begun.sources)
+        return Fetched(found, begun.reason, begun.detail, outcome, begun.asked)
 
     def _look_up_in_parts(self, overlapped: OverlappedFetch) -> _Answer:
         lookup = self._registry.looking_up(self._digest)

@@ -35,12 +35,21 @@ if TYPE_CHECKING:
 
 
 class OverlappedFetch:
-    """The overlapped part of one fetch: `run` inside the look-up, `finish` behind it.
+    """The overlapped part of one fetch: `run` inside the look-up, `settle` or `abandon` behind it.
+
+    For one thread at a time.
 
     Attributes:
+        local, local_pages, deadline: as of `Fetcher.fetch`.
         asked: keys that came so far.
         stages: seconds by stage.
+        found, reason, detail: what the look-up came to; set behind it.
+        outcome, sources: of the fetch so far, once it is settled.
     """
+
+    found: LookupResult
+    reason: MissReason
+    detail: str
 
     def __init__(
         self,
@@ -49,9 +58,12 @@ class OverlappedFetch:
         local: PagedMemory,
         local_pages: np.ndarray,
         deadline: Deadline,
+        *,
+        connect: bool = True,
     ) -> None:
-        self._fetcher, self._groups = fetcher, iter(groups)
-        self._local, self._local_pages, self._deadline = local, local_pages, deadline
+        self._fetcher, self._groups, self._may_connect = fetcher, iter(groups), connect
+        self.local, self.local_pages, self.deadline = local, local_pages, deadline
+        self.outcome, self.sources = Outcome(), Sources()
         self.asked = 0
         self.stages = {"hash": 0.0, "lookup": 0.0}
         self._since = time.perf_counter()
@@ -102,10 +114,10 @@ class OverlappedFetch:
         if len(mine) != part.blocks or (verify == "full" and not mine.vouched):
             return False
         first, self._blocks = self._blocks, self._blocks + part.blocks
-        targets = self._local_pages[first : self._blocks]
-        verification = Verification(verify, mine, self._local, targets, self._connection.digest)
+        targets = self.local_pages[first : self._blocks]
+        verification = Verification(verify, mine, self.local, targets, self._connection.digest)
         self._verifications.append((first, verification))
-        return self._stream.add(verification.request, self._deadline)
+        return self._stream.add(verification.request, self.deadline)
 
     def _connect(self, part: Part, lookup: Lookup) -> bool:
         number, region = part.owner, part.region
@@ -115,39 +127,57 @@ class OverlappedFetch:
                 return False
             number, region = int(run["owner"][0]), int(run["region"][0])
         owner = lookup.owners[number]
-        connection = self._fetcher.open(region, owner, self._local, Outcome(), self._deadline)
+        if not self._may_connect and not self._fetcher.is_connected(owner, region):
+            return False
+        connection = self._fetcher.open(region, owner, self.local, Outcome(), self.deadline)
         if connection is None or not connection.digests:
             return False
+        if not self._may_connect and not connection.is_ready(self.local):
+            return False
         try:
-            self._stream = connection.stream(self._local)
+            self._stream = connection.stream(self.local)
         except TransportError:
             return False
         self._owner, self._region, self._connection = owner, region, connection
         return True
 
+    def settles_within(self, seconds: float) -> bool:
+        """Wait a moment; tell whether everything that was found has been copied, so that `settle` does not wait."""
+        if self._blocks < self.found.blocks:
+            return False
+        end = time.perf_counter() + seconds
+        while self._stream is not None and not self._stream.ended:
+            if time.perf_counter() >= end:
+                return False
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """True when all that was found has been read and is good; for a settled one."""
+        return self.outcome.blocks == self.found.blocks
+
     def abandon(self) -> None:
-        """Wait until nothing writes to the local pages any more, and forget what was read."""
-        if self._stream is not None:
+        """Wait until nothing writes to the local pages any more, and forget what was read. Idempotent."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
             with contextlib.suppress(TransportError):
-                self._stream.finish()
+                stream.finish()
 
-    def finish(self, found: LookupResult, outcome: Outcome) -> Sources:
-        """Wait for what was started, and add what is good of it to `outcome`.
-
-        Args:
-            found: what the look-up came to; its first blocks are those that were read.
-            outcome: of the fetch.
-        """
-        sources = Sources()
-        if self._stream is None or self._owner is None:
-            return sources
-        began, owner = time.perf_counter(), self._owner
+    def settle(self) -> None:
+        """Wait for what was started, and add what is good of it to `outcome`. Idempotent."""
+        stream, self._stream = self._stream, None
+        if stream is None or self._owner is None:
+            self.outcome.stages |= self.stages
+            return
+        outcome, owner, found = self.outcome, self._owner, self.found
+        outcome.stages |= self.stages
+        began = time.perf_counter()
         try:
-            report = self._stream.finish()
+            report = stream.finish()
         except TransportError as error:
             self._fetcher.failed(owner, error, outcome)
-            sources.excluded.add(owner.owner)
-            return sources
+            self.sources.excluded.add(owner.owner)
+            return
         verify_s = 0.0
         for first, verification in self._verifications:
             report.refused.update({first + index: MissReason.DIGEST_MISMATCH for index in verification.mismatched})
@@ -156,14 +186,13 @@ class OverlappedFetch:
         outcome.stages["verify"] += verify_s
         outcome.stages["read"] += time.perf_counter() - began - verify_s
         if found.blocks < self._blocks:  # the registry failed on the way: nothing of it can be checked
-            return sources
+            return
         good = self._fetcher.adopt(report, self._blocks, owner, outcome)
         if report.refused:
             records = found.records
             mine = records[(records["owner"] == owner.owner) & (records["region"] == self._region)]
             self._fetcher.met_stale(report, mine, found.keys)
         if good:
-            sources.used[owner.owner] = owner
+            self.sources.used[owner.owner] = owner
         if good < self._blocks:
-            sources.excluded.add(owner.owner)
-        return sources
+            self.sources.excluded.add(owner.owner)

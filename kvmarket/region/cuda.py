@@ -64,6 +64,11 @@ class CudaTransfer(ABC):
 
     digests: np.ndarray
 
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """True when `wait` would not wait: the copy has ended, or failed."""
+
     @abstractmethod
     def wait(self) -> None:
         """Return when the copy has ended and its bytes are visible to every later launch.

@@ -30,6 +30,10 @@ class HostTransfer(CudaTransfer):
         self._copy: Callable[[], np.ndarray] | None = copy
         self.digests = NO_DIGESTS
 
+    @property
+    def ended(self) -> bool:
+        return True
+
     def wait(self) -> None:
         if self._copy is not None:
             self.digests = self._copy()

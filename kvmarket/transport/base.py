@@ -85,6 +85,11 @@ class Stream(ABC):
             not read because of that.
         """
 
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """True when `finish` would not wait."""
+
     @abstractmethod
     def finish(self) -> TransferReport:
         """Wait for everything that was started; same promises, errors and report as `Connection.read`.
@@ -130,6 +135,11 @@ class Connection(ABC):
         """
         del local
         return None
+
+    def is_ready(self, local: PagedMemory) -> bool:
+        """Tell whether a read into `local` can start without anything that takes longer first."""
+        del local
+        return True
 
     def readers(self, local: PagedMemory) -> int:
         """Return how many threads should share a large read into `local`, in parts, to make it faster."""

@@ -102,6 +102,14 @@ class Lane:
     def _pinned(self, nbytes: int) -> np.ndarray:
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
+    @property
+    def ended(self) -> bool:
+        """True when everything on the stream up to the event is done, or has failed."""
+        try:
+            return bool(self.event.done)
+        except self._runtime.CUDARuntimeError:
+            return True
+
     def wait(self) -> None:
         """Return when everything on the stream up to the event is done; errors as `CudaTransfer.wait`."""
         began = time.monotonic()
@@ -151,6 +159,10 @@ class LaneTransfer(CudaTransfer):
         self._lane: Lane | None = lane
         self._idle, self._memories, self._finish = idle, memories, finish
         self.digests = NO_DIGESTS
+
+    @property
+    def ended(self) -> bool:
+        return self._lane is None or self._lane.ended
 
     def wait(self) -> None:
         if self._lane is not None:

@@ -176,6 +176,10 @@ class CudaStream(Stream):
         if self._on_group is not None and len(arrived):
             self._on_group(launch.first + arrived)
 
+    @property
+    def ended(self) -> bool:
+        return all(launch.transfer is None or launch.transfer.ended for launch in self._under_way)
+
     def finish(self) -> TransferReport:
         try:
             while self._under_way:

@@ -1,0 +1,62 @@
+"""Fetching to a card from asyncio: on the event loop what is done within a moment, and on a thread everything else."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmarket.calls import Calls
+    from kvmarket.core import MarketCore
+    from kvmarket.deadline import Deadline
+    from kvmarket.outcome import Fetched
+    from kvmarket.region.pages import PagedMemory
+
+INLINE_BYTES_MAX, INLINE_BLOCKS_MAX = 8 << 20, 64
+"""Fetches of no more are begun on the event loop: hashed, looked up and launched, which takes some 0.1 ms. A hop to a
+thread and back takes longer, and finds nothing of it in the caches of the other core."""
+INLINE_WAIT_S = 100e-6
+"""How long the event loop waits for such a copy before it leaves the rest to a thread: 8 MiB take 10 us of a card that
+has nothing else to do first."""
+
+
+class CardFetches:
+    """Fetches to cards of one marketplace.
+
+    Args:
+        core: of the marketplace.
+        calls: its threads.
+    """
+
+    def __init__(self, core: MarketCore, calls: Calls) -> None:
+        self._core, self._calls = core, calls
+        blocks = min(INLINE_BYTES_MAX // core.namespace.spec.page_bytes, INLINE_BLOCKS_MAX)
+        self._inline_blocks = blocks if core.registry.local else 0
+
+    async def fetch(
+        self, groups: Iterable[list[bytes]], blocks: int, local: PagedMemory, deadline: Deadline
+    ) -> Fetched:
+        """Look up and read; result as of `Fetcher.fetch`.
+
+        Args:
+            groups: the keys.
+            blocks: how many keys there are.
+            local: where the blocks go, page 0 first.
+            deadline: see there.
+
+        Raises:
+            DeadlineExceededError: no thread was free in time.
+        """
+        fetcher, pages = self._core.fetcher, np.arange(local.layout.num_pages)
+        if blocks > self._inline_blocks:
+            return await self._calls.read(partial(fetcher.fetch, groups, local, pages, deadline), deadline)
+        begun = fetcher.begin(groups, local, pages, deadline, connect=False)
+        if begun.settles_within(INLINE_WAIT_S):
+            begun.settle()
+            if begun.whole:
+                return fetcher.complete(begun)
+        return await self._calls.go_on(partial(fetcher.complete, begun), deadline)
