@@ -6,6 +6,7 @@ of them are as announced, which one comparison of bytes says; only where it does
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,6 @@ NO_DIGEST = bytes(DIGEST_BYTES)
 """Stands for "the owner computed none": such a page can only be checked by its generation."""
 _NO_DIGEST = np.void(NO_DIGEST)
 _ODD, _NEVER = np.uint64(1), 1 << 64
-"""No table is that long: pages with an odd generation, or none, are not readable."""
 
 
 def named(digests: np.ndarray) -> np.ndarray:
@@ -38,19 +38,28 @@ class Announced:
         every: (n,) bool, all True.
     """
 
-    __slots__ = ("_digest_bytes", "_end", "_generation_bytes", "digests", "every", "generations", "pages", "vouched")
-
     def __init__(self, pages: np.ndarray, generations: np.ndarray, digests: np.ndarray) -> None:
         self.pages, self.generations, self.digests = pages, generations, digests
-        self._generation_bytes, self._digest_bytes = generations.tobytes(), digests.tobytes()
         self.every = named(digests)
         self.vouched = bool(np.logical_and.reduce(self.every))
         if not self.vouched:
             self.every = np.ones(len(pages), bool)
-        self._end = _NEVER
-        odd = np.bitwise_or.reduce(generations) & _ODD  # ufuncs as such: as methods of arrays they take twice as long
-        if len(pages) and not odd and np.minimum.reduce(generations):
-            self._end = int(np.maximum.reduce(pages.view(np.uint64))) + 1  # as unsigned, negative numbers are large
+
+    @cached_property
+    def _digest_bytes(self) -> bytes:
+        return self.digests.tobytes()
+
+    @cached_property
+    def _generation_bytes(self) -> bytes:
+        return self.generations.tobytes()
+
+    @cached_property
+    def _end(self) -> int:
+        """How long a table must be; `_NEVER` where one of the generations says that its page is not readable."""
+        odd = np.bitwise_or.reduce(self.generations) & _ODD  # not as methods of arrays, which take twice as long
+        if not len(self.pages) or odd or not np.minimum.reduce(self.generations):
+            return _NEVER
+        return int(np.maximum.reduce(self.pages.view(np.uint64))) + 1  # as unsigned, negative numbers are large
 
     @classmethod
     def of(cls, records: BlockRecords) -> Announced:

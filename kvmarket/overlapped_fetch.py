@@ -107,7 +107,7 @@ class OverlappedFetch:
         if self._owner is None or self._stream is None or self._connection is None:
             return False
         mine = part.announced
-        if mine is None or part.owner != self._owner.owner or part.region != self._region:
+        if mine is None or part.source != (self._owner.owner, self._region):
             records = part.records
             mine = Announced.of(records[(records["owner"] == self._owner.owner) & (records["region"] == self._region)])
         verify = self._fetcher.verify
@@ -120,7 +120,7 @@ class OverlappedFetch:
         return self._stream.add(verification.request, self.deadline)
 
     def _connect(self, part: Part, lookup: Lookup) -> bool:
-        number, region = part.owner, part.region
+        number, region = part.source
         if part.announced is None:
             run = next_run(part.records, 0, set())
             if run is None:

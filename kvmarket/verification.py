@@ -87,23 +87,23 @@ class Verification:
             return
         began = time.perf_counter()
         digests = b"".join(page_digests(self._local, self._local_pages[chosen], self._algorithm))
-        self._compare(chosen, np.frombuffer(digests, f"V{DIGEST_BYTES}"), began)
+        self._compare(chosen, digests, began)
 
     def compare(self, indices: np.ndarray | slice, digests: np.ndarray) -> None:
         """Verify pages that have just arrived by their digests, (n,) V16, which came with them."""
         began = time.perf_counter()
         if not isinstance(indices, slice):
-            self._compare(indices, digests, began)
+            self._compare(indices, digests.tobytes(), began)
         elif self.announced.same_digests(indices, digests):
             self._count(len(digests), (), began)
         else:
-            self._compare(np.arange(indices.start, indices.stop), digests, began)
+            self._compare(np.arange(indices.start, indices.stop), digests.tobytes(), began)
 
-    def _compare(self, chosen: np.ndarray, actual: np.ndarray, began: float) -> None:
+    def _compare(self, chosen: np.ndarray, actual: bytes, began: float) -> None:
         wrong: list[int] = []
         expected = self.announced.digests[chosen]
-        if actual.tobytes() != expected.tobytes():
-            wrong = chosen[actual != expected].tolist()
+        if actual != expected.tobytes():
+            wrong = chosen[np.frombuffer(actual, f"V{DIGEST_BYTES}") != expected].tolist()
         self._count(len(chosen), wrong, began)
 
     def _count(self, blocks: int, wrong: list[int] | tuple[()], began: float) -> None:

@@ -270,7 +270,7 @@ class LmdbRegistry(Registry):
             else:
                 return known.part, known.ended
         records, run, ended = self._look_up(txn, epoch, keys, living)
-        part = Part.of(records, run)
+        part = Part(records, run)
         self._answers.put(Answer(snapshot, epoch, list(keys), part, ended, distinct(records["owner"])))
         return part, ended
 

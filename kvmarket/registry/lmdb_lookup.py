@@ -27,7 +27,7 @@ ANSWERS_MAX = 64
 ANSWER_BLOCKS_MAX = 1024
 """Look-ups remembered, and of how many blocks each at most: some 8 MiB."""
 _OPAQUE = np.dtype(f"V{RECORD.itemsize}")
-NOTHING = Part.of(np.empty(0, RECORD), 0)
+NOTHING = Part(np.empty(0, RECORD), 0)
 
 
 class LmdbLookup(Lookup):

@@ -11,8 +11,7 @@ A block key is ``head (8) | index (4) | hash``: the head is the start of the has
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,30 +173,28 @@ def cut_to_living(
     return records, run, "" if run == asked else "owner_gone" if run < complete else "not_published"
 
 
-@dataclass(frozen=True, slots=True)
 class Part:
     """What a part of a look-up found: a run of blocks that living owners hold. Its arrays must not be written to.
 
     Attributes:
         records: of those blocks, the first being block 0 here.
         blocks: how many blocks.
-        owner, region, announced: whose they are, and what was announced of them, if one region of one owner has all of
-            them and nobody else has any; else -1, -1 and None.
     """
 
-    records: BlockRecords
-    blocks: int
-    owner: int = -1
-    region: int = -1
-    announced: Announced | None = None
-
-    @classmethod
-    def of(cls, records: BlockRecords, blocks: int) -> Part:
-        """Look at the records of a run of `blocks`."""
+    def __init__(self, records: BlockRecords, blocks: int) -> None:
         records.flags.writeable = False
-        if not _of_one_region(records) or len(records) != blocks:
-            return cls(records, blocks)
-        return cls(records, blocks, int(records["owner"][0]), int(records["region"][0]), Announced.of(records))
+        self.records, self.blocks = records, blocks
+
+    @cached_property
+    def announced(self) -> Announced | None:
+        """What was announced of all blocks, if one region of one owner has them and nobody else has any."""
+        alone = len(self.records) == self.blocks and _of_one_region(self.records)
+        return Announced.of(self.records) if alone else None
+
+    @cached_property
+    def source(self) -> tuple[int, int]:
+        """The owner and region of the first record."""
+        return int(self.records["owner"][0]), int(self.records["region"][0])
 
 
 def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
