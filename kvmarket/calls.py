@@ -66,8 +66,17 @@ class Calls:
             self._slots.release()
 
     async def go_on(self, work: Callable[[], T], limit: Deadline) -> T:
-        """Have a reading thread end what fills a caller's memory already; see `run`."""
-        return await self.run(self.readers, work, limit, borrowed=True, begun=True)
+        """Have a reading thread end what fills a caller's memory already; not where calls are `full`. See `run`."""
+        await self._slots.acquire()  # does not wait where `full` is false
+        try:
+            return await self.run(self.readers, work, limit, borrowed=True, begun=True)
+        finally:
+            self._slots.release()
+
+    @property
+    def full(self) -> bool:
+        """True when as many calls of `read` and `go_on` run as may run at once."""
+        return self._slots.locked()
 
     async def run(
         self,

@@ -1,4 +1,7 @@
-"""Fetching to a card from asyncio: on the event loop what is done within a moment, and on a thread everything else."""
+"""Fetching to a card from asyncio: on the event loop what is done within a moment, and on a thread everything else.
+
+The first group of blocks is always begun on the event loop, so that the card copies while a thread wakes up.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from kvmarket.prefix_keys import GROUP_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,9 +21,11 @@ if TYPE_CHECKING:
     from kvmarket.outcome import Fetched
     from kvmarket.region.pages import PagedMemory
 
-INLINE_BYTES_MAX, INLINE_BLOCKS_MAX = 8 << 20, 64
-"""Fetches of no more are begun on the event loop: hashed, looked up and launched, which takes some 0.1 ms. A hop to a
-thread and back takes longer, and finds nothing of it in the caches of the other core."""
+INLINE_BYTES_MAX, INLINE_BLOCKS_MAX = 8 << 20, GROUP_BLOCKS
+"""Fetches of no more may be done on the event loop: one group is hashed, looked up and launched there in some 0.1 ms.
+A hop to a thread and back takes longer, and finds nothing of it in the caches of the other core."""
+BEGUN_BYTES_MAX = 256 << 20
+"""A first group of more may have to wait for the card in the midst of its launches, and so is left to a thread."""
 INLINE_WAIT_S = 100e-6
 """How long the event loop waits for such a copy before it leaves the rest to a thread: 8 MiB take 10 us of a card that
 has nothing else to do first."""
@@ -34,8 +41,9 @@ class CardFetches:
 
     def __init__(self, core: MarketCore, calls: Calls) -> None:
         self._core, self._calls = core, calls
-        blocks = min(INLINE_BYTES_MAX // core.namespace.spec.page_bytes, INLINE_BLOCKS_MAX)
-        self._inline_blocks = blocks if core.registry.local else 0
+        page_bytes = core.namespace.spec.page_bytes
+        self._inline_blocks = min(INLINE_BYTES_MAX // page_bytes, INLINE_BLOCKS_MAX)
+        self._begun_here = core.registry.local and page_bytes * GROUP_BLOCKS <= BEGUN_BYTES_MAX
 
     async def fetch(
         self, groups: Iterable[list[bytes]], blocks: int, local: PagedMemory, deadline: Deadline
@@ -43,7 +51,7 @@ class CardFetches:
         """Look up and read; result as of `Fetcher.fetch`.
 
         Args:
-            groups: the keys.
+            groups: the keys; the first group is no larger than `GROUP_BLOCKS`.
             blocks: how many keys there are.
             local: where the blocks go, page 0 first.
             deadline: see there.
@@ -52,11 +60,15 @@ class CardFetches:
             DeadlineExceededError: no thread was free in time.
         """
         fetcher, pages = self._core.fetcher, np.arange(local.layout.num_pages)
-        if blocks > self._inline_blocks:
+        if self._calls.full or not self._begun_here:
             return await self._calls.read(partial(fetcher.fetch, groups, local, pages, deadline), deadline)
-        begun = fetcher.begin(groups, local, pages, deadline, connect=False)
-        if begun.settles_within(INLINE_WAIT_S):
-            begun.settle()
-            if begun.whole:
-                return fetcher.complete(begun)
-        return await self._calls.go_on(partial(fetcher.complete, begun), deadline)
+        small = blocks <= self._inline_blocks
+        begun = fetcher.begin(groups, local, pages, deadline, 2 if small else 1)  # a small one ends with the second
+        try:
+            if not begun.unfinished and begun.settles_within(INLINE_WAIT_S):
+                begun.settle()
+                if begun.whole:
+                    return fetcher.complete(begun)
+            return await self._calls.go_on(partial(fetcher.complete, begun), deadline)
+        finally:
+            begun.abandon()

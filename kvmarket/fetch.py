@@ -14,8 +14,8 @@ from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
 from kvmarket.explain import Explanations
 from kvmarket.helper import Helper
-from kvmarket.outcome import Fetched, Outcome, Sources
-from kvmarket.overlapped_fetch import OverlappedFetch
+from kvmarket.outcome import Answer, Fetched, Outcome, Sources
+from kvmarket.overlapped_fetch import GROUPS_MAX, OverlappedFetch
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
 from kvmarket.registry.records import RECORD, BlockRecords, have_digest, next_run, run_length
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from kvmarket.identity import Namespace, OwnerInfo
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
-
-_Answer = tuple[LookupResult, MissReason, str]
-"""What a look-up found, and why that is not more."""
 
 
 class Fetcher:
@@ -62,14 +59,14 @@ class Fetcher:
         self._stale = StaleRecords(registry, self._digest, metrics)
         self._why = Explanations(registry, namespace).why
 
-    def lookup(self, keys: Sequence[bytes]) -> _Answer:
+    def lookup(self, keys: Sequence[bytes]) -> Answer:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
 
         Never raises for a bad registry: that is a miss, too.
         """
         return self._counted(self._lookup(keys))
 
-    def _lookup(self, keys: Sequence[bytes]) -> _Answer:
+    def _lookup(self, keys: Sequence[bytes]) -> Answer:
         began = time.perf_counter() if self._metrics.timed else 0.0
         try:
             result = self._registry.lookup(self._digest, keys)
@@ -79,7 +76,7 @@ class Fetcher:
         except RegistryError as error:
             return _nothing_found(error)
 
-    def _counted(self, answer: _Answer) -> _Answer:
+    def _counted(self, answer: Answer) -> Answer:
         self._metrics.add(lookups=1)
         if answer[1] is not MissReason.NONE:
             self._metrics.add_reason("misses", answer[1])
@@ -130,46 +127,53 @@ class Fetcher:
         local: PagedMemory,
         local_pages: np.ndarray,
         deadline: Deadline,
-        *,
-        connect: bool = True,
+        groups_max: int = GROUPS_MAX,
     ) -> OverlappedFetch:
-        """Do what of `fetch` waits for no copy; `complete` or `OverlappedFetch.abandon` must follow.
+        """Begin a `fetch`, without waiting for copies; `complete` or `OverlappedFetch.abandon` must follow soon.
 
         Args:
             groups, local, local_pages, deadline: see `fetch`.
-            connect: False: read only over connections that are open.
+            groups_max: how many groups to take. Fewer than all: only over a connection that is open.
         """
-        begun = OverlappedFetch(self, groups, local, local_pages, deadline, connect=connect)
-        try:
-            begun.found, begun.reason, begun.detail = self._look_up_in_parts(begun)
-        except BaseException:
-            begun.abandon()
-            raise
+        begun = OverlappedFetch(self, groups, local, local_pages, deadline, self._registry.looking_up(self._digest))
+        self._advance(begun, groups_max)
         return begun
 
     def complete(self, begun: OverlappedFetch) -> Fetched:
-        """Wait for what was begun, read the rest, and check all of it: once."""
+        """Go on with what was begun, read the rest, check all of it: once, on any thread."""
+        if begun.unfinished:
+            self._advance(begun, GROUPS_MAX)
         begun.settle()
-        found, outcome = begun.found, begun.outcome
+        (found, reason, detail), outcome = begun.answer, begun.outcome
         self._read_rest(found, begun.local, begun.local_pages, begun.deadline, outcome=outcome, sources=begun.sources)
-        return Fetched(found, begun.reason, begun.detail, outcome, begun.asked)
+        return Fetched(found, reason, detail, outcome, begun.asked)
 
-    def _look_up_in_parts(self, overlapped: OverlappedFetch) -> _Answer:
-        lookup = self._registry.looking_up(self._digest)
-        if lookup is None:
-            keys = overlapped.remaining_keys()
-            answer = self.lookup(keys)
-            overlapped.note("lookup")
+    def _advance(self, begun: OverlappedFetch, groups_max: int) -> None:
+        try:
+            answer = self._look_up_in_parts(begun, groups_max)
+        except BaseException:
+            begun.abandon()
+            raise
+        if answer is not None:
+            begun.answer, begun.unfinished = answer, False
+
+    def _look_up_in_parts(self, begun: OverlappedFetch, groups_max: int) -> Answer | None:
+        """Look up the next groups; return None when there may be more of them."""
+        if not begun.in_parts:
+            if groups_max < GROUPS_MAX:
+                return None
+            answer = self.lookup(begun.remaining_keys())
+            begun.note("lookup")
             return answer
         try:
-            with lookup:
-                overlapped.run(lookup)
-                found = lookup.result()
-            if self._metrics.timed:
-                self._metrics.observe("lookup_seconds", overlapped.stages["lookup"])
-            return self._counted((found, *self._why(found, overlapped.asked)))
+            found = begun.run(groups_max)
         except RegistryError as error:
             return self._counted(_nothing_found(error))
+        if found is None:
+            return None
+        if self._metrics.timed:
+            self._metrics.observe("lookup_seconds", begun.stages["lookup"])
+        return self._counted((found, *self._why(found, begun.asked)))
 
     def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
         """Read the blocks `found` names into `local_pages` (one per block) and prove them.
@@ -321,13 +325,7 @@ class Fetcher:
         return good
 
     def met_stale(self, report: TransferReport, run: BlockRecords, keys: Sequence[bytes]) -> None:
-        """Have records removed that a read turned out to be stale.
-
-        Args:
-            report: of the read.
-            run: the records that were read, in that order.
-            keys: what was looked up.
-        """
+        """Have records removed that turned out to be stale: of `run`, as it was read, in a look-up of `keys`."""
         stale = [at for at, reason in report.refused.items() if reason is MissReason.STALE_GENERATION]
         self._stale.met(keys, run[stale])
 
@@ -395,5 +393,5 @@ class _UnverifiedError(TransportError):
     """The owner may pass on wrong bytes that it adopted, or what it computed from them."""
 
 
-def _nothing_found(error: RegistryError) -> _Answer:
+def _nothing_found(error: RegistryError) -> Answer:
     return LookupResult(0, 0, np.empty(0, RECORD)), MissReason.REGISTRY_UNAVAILABLE, str(error)

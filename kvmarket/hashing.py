@@ -89,9 +89,9 @@ def token_array(tokens: TokenIds) -> np.ndarray:
         raise InvalidInputError(f"tokens must have one dimension, not shape {array.shape}")
     if array.size == 0:
         raise InvalidInputError("tokens are empty: a prompt needs at least one token")
-    if array.dtype == object or not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise InvalidInputError(f"tokens must be integers within [0, {TOKEN_ID_MAX}], not {array.dtype}")
-    if int(array.min()) < 0 or int(array.max()) > TOKEN_ID_MAX:
+    if np.minimum.reduce(array) < 0 or np.maximum.reduce(array) > TOKEN_ID_MAX:
         raise InvalidInputError(f"token ids must be within [0, {TOKEN_ID_MAX}]")
     return np.ascontiguousarray(array, dtype="<u4")
 

@@ -22,7 +22,7 @@ from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClos
 from kvmarket.hashing import TokenIds, token_array
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.outcome import Fetched, FetchResult, Outcome
-from kvmarket.prefix_keys import PrefixKeys
+from kvmarket.prefix_keys import PrefixKeys, first_group_and_rest
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry
@@ -310,7 +310,10 @@ class Marketplace:
     ) -> Fetched:
         """Hash, look up and read, all at once where that can be: on a thread, but for what is soon done."""
         self._require_open()
-        groups = self._prefix_keys.groups(tokens) if extra_keys is None else iter([self._keys(tokens, extra_keys)])
+        if extra_keys is None:
+            groups = self._prefix_keys.groups(tokens)
+        else:
+            groups = first_group_and_rest(self._keys(tokens, extra_keys))
         blocks = len(tokens) // self._spec.block_size
         try:
             return await self._to_cards.fetch(groups, blocks, local, deadline)

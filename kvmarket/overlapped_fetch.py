@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from kvmarket.announced import Announced
 from kvmarket.errors import TransportError
-from kvmarket.outcome import Outcome, Sources
+from kvmarket.outcome import Answer, Outcome, Sources
 from kvmarket.registry.records import next_run
 from kvmarket.report import MissReason
 from kvmarket.verification import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     import numpy as np
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from kvmarket.transport import Connection
     from kvmarket.transport.base import Stream
 
+GROUPS_MAX = 1 << 62
+"""All groups."""
+
 
 class OverlappedFetch:
     """The overlapped part of one fetch: `run` inside the look-up, `settle` or `abandon` behind it.
@@ -43,28 +46,26 @@ class OverlappedFetch:
         local, local_pages, deadline: as of `Fetcher.fetch`.
         asked: keys that came so far.
         stages: seconds by stage.
-        found, reason, detail: what the look-up came to; set behind it.
+        unfinished: the look-up is not over.
+        answer: what it came to, then.
         outcome, sources: of the fetch so far, once it is settled.
     """
 
-    found: LookupResult
-    reason: MissReason
-    detail: str
+    answer: Answer
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - made in one place
         self,
         fetcher: Fetcher,
         groups: Iterable[list[bytes]],
         local: PagedMemory,
         local_pages: np.ndarray,
         deadline: Deadline,
-        *,
-        connect: bool = True,
+        lookup: Lookup | None,
     ) -> None:
-        self._fetcher, self._groups, self._may_connect = fetcher, iter(groups), connect
+        self._fetcher, self._groups, self._lookup, self._entered = fetcher, iter(groups), lookup, False
         self.local, self.local_pages, self.deadline = local, local_pages, deadline
         self.outcome, self.sources = Outcome(), Sources()
-        self.asked = 0
+        self.asked, self.unfinished = 0, True
         self.stages = {"hash": 0.0, "lookup": 0.0}
         self._since = time.perf_counter()
         self._owner: OwnerInfo | None = None
@@ -75,24 +76,66 @@ class OverlappedFetch:
         self._blocks = 0
         self._verifications: list[tuple[int, Verification]] = []
 
-    def run(self, lookup: Lookup) -> None:
-        """Take every group of keys: look it up, and start reading what was found. Errors of `lookup` pass."""
-        for keys in self._keys():
-            part = lookup.more(keys)
-            self.note("lookup")
-            if self._open and part.blocks:
-                self._open = self._start(part, lookup)
-                self._since = time.perf_counter()
+    @property
+    def in_parts(self) -> bool:
+        """True where `run` looks up; False: all at once is the only way."""
+        return self._lookup is not None
+
+    @property
+    def found(self) -> LookupResult:
+        """What the look-up found."""
+        return self.answer[0]
+
+    def run(self, groups_max: int) -> LookupResult | None:
+        """Take groups of keys: look them up, and start reading what was found.
+
+        Returns:
+            What was found; None when `groups_max` groups were taken and there may be more, in a look-up that stays
+            open. Errors of the look-up end it.
+        """
+        lookup = self._lookup
+        if lookup is None:
+            raise RuntimeError("the look-up is over")
+        if not self._entered:
+            lookup.__enter__()
+            self._entered = True
+        try:
+            for _ in range(groups_max):
+                keys = next(self._groups, None)
+                if keys is None:
+                    found = lookup.result()
+                    break
+                self._take(keys)
+                part = lookup.more(keys)
+                self.note("lookup")
+                if self._open and part.blocks:
+                    self._open = self._start(part, lookup, may_connect=groups_max == GROUPS_MAX)
+                    self._since = time.perf_counter()
+            else:
+                return None
+        except BaseException as error:
+            self._end_lookup(error)
+            raise
+        self._end_lookup()
+        return found
+
+    def _end_lookup(self, error: BaseException | None = None) -> None:
+        """End the look-up; raises its own error for one that it met."""
+        lookup, self._lookup = self._lookup, None
+        if lookup is not None and self._entered:
+            lookup.__exit__(type(error) if error else None, error, None)
+
+    def _take(self, keys: list[bytes]) -> None:
+        self.note("hash")
+        self.asked += len(keys)
 
     def remaining_keys(self) -> list[bytes]:
         """Return all keys that have not come yet."""
-        return [key for keys in self._keys() for key in keys]
-
-    def _keys(self) -> Iterator[list[bytes]]:
-        for keys in self._groups:
-            self.note("hash")
-            self.asked += len(keys)
-            yield keys
+        keys: list[bytes] = []
+        for group in self._groups:
+            self._take(group)
+            keys += group
+        return keys
 
     def note(self, stage: str) -> None:
         """Book the time since the last call."""
@@ -100,9 +143,9 @@ class OverlappedFetch:
         self.stages[stage] = self.stages.get(stage, 0.0) + now - self._since
         self._since = now
 
-    def _start(self, part: Part, lookup: Lookup) -> bool:
+    def _start(self, part: Part, lookup: Lookup, *, may_connect: bool) -> bool:
         """Start reading the blocks of `part`, which follow those before; False when the ordinary way must go on."""
-        if self._stream is None and not self._connect(part, lookup):
+        if self._stream is None and not self._connect(part, lookup, may_connect=may_connect):
             return False
         if self._owner is None or self._stream is None or self._connection is None:
             return False
@@ -119,7 +162,7 @@ class OverlappedFetch:
         self._verifications.append((first, verification))
         return self._stream.add(verification.request, self.deadline)
 
-    def _connect(self, part: Part, lookup: Lookup) -> bool:
+    def _connect(self, part: Part, lookup: Lookup, *, may_connect: bool) -> bool:
         number, region = part.source
         if part.announced is None:
             run = next_run(part.records, 0, set())
@@ -127,12 +170,12 @@ class OverlappedFetch:
                 return False
             number, region = int(run["owner"][0]), int(run["region"][0])
         owner = lookup.owners[number]
-        if not self._may_connect and not self._fetcher.is_connected(owner, region):
+        if not may_connect and not self._fetcher.is_connected(owner, region):
             return False
         connection = self._fetcher.open(region, owner, self.local, Outcome(), self.deadline)
         if connection is None or not connection.digests:
             return False
-        if not self._may_connect and not connection.is_ready(self.local):
+        if not may_connect and not connection.is_ready(self.local):
             return False
         try:
             self._stream = connection.stream(self.local)
@@ -158,6 +201,7 @@ class OverlappedFetch:
 
     def abandon(self) -> None:
         """Wait until nothing writes to the local pages any more, and forget what was read. Idempotent."""
+        self._end_lookup()
         stream, self._stream = self._stream, None
         if stream is not None:
             with contextlib.suppress(TransportError):

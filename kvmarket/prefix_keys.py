@@ -131,6 +131,13 @@ class PrefixKeys:
             self._prompts = [*longer, prompt][-PROMPTS_MAX:]
 
 
+def first_group_and_rest(keys: list[bytes]) -> Iterator[list[bytes]]:
+    """Yield keys that are known in groups of which the first is as short as that of `PrefixKeys.groups`."""
+    for group in (keys[:GROUP_BLOCKS], keys[GROUP_BLOCKS:]):
+        if group:
+            yield group
+
+
 def _common(a: np.ndarray, b: np.ndarray) -> int:
     """Return how many leading elements two arrays have in common."""
     count = min(len(a), len(b))

@@ -12,6 +12,7 @@ from kvmarket import card_fetch
 from kvmarket.calls import Calls
 from kvmarket.card_fetch import CardFetches
 from kvmarket.deadline import Deadline
+from kvmarket.errors import DeadlineExceededError, InvalidInputError
 from kvmarket.fetch import Fetcher
 from kvmarket.report import MissReason
 from kvmarket.testing.host_cuda import HostTransfer
@@ -80,14 +81,54 @@ def same_pages(local, api):
     return same_bytes(local, pages_on(api, 1), PAGES)
 
 
-async def test_more_than_a_few_blocks_go_to_a_thread(monkeypatch, open_core, owner, api, completed_on):
+async def test_of_more_than_a_few_blocks_the_first_are_launched_on_the_loop_and_the_rest_on_a_thread(
+    monkeypatch, open_core, owner, api, completed_on
+):
     monkeypatch.setattr(card_fetch, "INLINE_BLOCKS_MAX", PAGES - 1)
-    core = open_core()
-    calls = Calls(1, core.require_open)
-    for _ in range(2):
-        assert (await fetch(CardFetches(core, calls), pages_on(api, 2))).outcome.blocks == PAGES
-        assert completed_on.pop() is not threading.current_thread()
+    core, launched = open_core(), []
+    original = type(api).copy
+
+    def copy(self, source, pages, *args):
+        launched.append((len(pages), threading.current_thread() is here))
+        return original(self, source, pages, *args)
+
+    monkeypatch.setattr(type(api), "copy", copy)
+    calls, here = Calls(1, core.require_open), threading.current_thread()
+    for expected in ([(PAGES, False)], [(8, True), (PAGES - 8, False)], [(8, True), (PAGES - 8, False)]):
+        local = pages_on(api, 2)
+        groups = iter([KEYS[:8], KEYS[8:]])
+        outcome = (await CardFetches(core, calls).fetch(groups, PAGES, local, Deadline(10))).outcome
+        assert (outcome.blocks, outcome.blocks_verified, outcome.reason) == (PAGES, PAGES, MissReason.NONE)
+        assert same_pages(local, api)
+        assert launched == expected
+        assert completed_on.pop() is not here
+        launched.clear()
     calls.shut_down()
+
+
+async def test_where_all_threads_are_busy_nothing_is_begun(fetches, owner, api):
+    await fetch(fetches, pages_on(api, 2))
+    busy = asyncio.create_task(fetches._calls.read(lambda: time.sleep(0.2), Deadline(10)))
+    await asyncio.sleep(0)
+    with pytest.raises(DeadlineExceededError):
+        await fetch(fetches, pages_on(api, 2), Deadline(0.05))
+    await busy
+    assert (await fetch(fetches, pages_on(api, 2))).outcome.blocks == PAGES
+
+
+async def test_a_look_up_that_fails_on_a_thread_leaves_no_copy_and_no_transaction(fetches, owner, api, monkeypatch):
+    await fetch(fetches, pages_on(api, 2))
+
+    def groups():
+        yield KEYS[:8]
+        raise InvalidInputError("bad keys")
+
+    monkeypatch.setattr(fetches, "_inline_blocks", 0)
+    local = pages_on(api, 2)
+    with pytest.raises(InvalidInputError, match="bad keys"):
+        await fetches.fetch(groups(), PAGES, local, Deadline(10))
+    assert fetches._core.registry._file._active == 0
+    assert (await fetch(fetches, local)).outcome.blocks == PAGES
 
 
 async def test_a_wrong_block_is_refused_on_the_loop_and_the_rest_is_sought_on_a_thread(
@@ -128,7 +169,8 @@ async def test_whoever_gives_up_waits_until_the_card_has_written(fetches, owner,
     await fetch(fetches, pages_on(api, 2))
     local = pages_on(api, 2)
     request.getfixturevalue("busy_card")
-    occupied = asyncio.create_task(fetches._calls.read(lambda: time.sleep(0.4), Deadline(10)))
+    calls = fetches._calls
+    occupied = asyncio.create_task(calls.run(calls.readers, lambda: time.sleep(0.4), Deadline(10)))
     await asyncio.sleep(0)
     running = asyncio.create_task(fetch(fetches, local, Deadline(0.05 if how == "late" else 10)))
     await asyncio.sleep(0.02)
