@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kvmarket.secret import Sealer
 
 PROMPTS_MAX = 8
-GROUP_BLOCKS, GROUP_STEP, GROUP_BLOCKS_MAX = 2 * RUN_BLOCKS, RUN_BLOCKS, 8 * RUN_BLOCKS
-"""Of the first two groups of `PrefixKeys.groups`, what each further one has more, and of the largest. A card copies
+GROUP_BLOCKS, GROUP_STEP, GROUP_BLOCKS_MAX, EQUAL_GROUPS = 2 * RUN_BLOCKS, RUN_BLOCKS, 8 * RUN_BLOCKS, 4
+"""Of the first `EQUAL_GROUPS` groups of `PrefixKeys.groups`, what each further one has more, and of the largest. A card copies
 2 MiB in 1.4 us; hashing a block takes half of that or more, and a group some 40 us besides: so that the card never
 waits, a group can be only a little larger than the one that is being copied meanwhile."""
 TOKENS_MAX = 1 << 17
@@ -92,7 +92,7 @@ class PrefixKeys:
         hashes, keys = ([], []) if known is None else (known.hashes[:shared], known.keys[:shared])
         start = 0
         for number in range(total):  # never as many groups
-            size = min(GROUP_BLOCKS + GROUP_STEP * max(0, number - 1), GROUP_BLOCKS_MAX)
+            size = min(GROUP_BLOCKS + GROUP_STEP * max(0, number + 1 - EQUAL_GROUPS), GROUP_BLOCKS_MAX)
             end = min(start + size, total)
             if end > len(keys):
                 self._extend(tokens[: end * self._block_size], hashes, keys)
