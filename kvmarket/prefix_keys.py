@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PROMPTS_MAX = 8
 GROUP_BLOCKS, GROUP_STEP, GROUP_BLOCKS_MAX, EQUAL_GROUPS = 2 * RUN_BLOCKS, RUN_BLOCKS, 8 * RUN_BLOCKS, 4
 """Of the first `EQUAL_GROUPS` groups of `PrefixKeys.groups`, what each further one has more, and of the largest. A card
-copies 2 MiB in 1.4 us; hashing a block takes half of that or more, and a group some 40 us besides: so that the card never
-waits, a group can be only a little larger than the one that is being copied meanwhile."""
+copies 2 MiB in 1.4 us; hashing a block takes half of that or more, and a group some 40 us besides: so that the card
+never waits, a group can be only a little larger than the one that is being copied meanwhile."""
 TOKENS_MAX = 1 << 17
 """What goes beyond in a prompt is not remembered: 8 such prompts take some 12 MiB."""
 
