@@ -96,6 +96,7 @@ class OverlappedFetch:
         lookup = self._lookup
         if lookup is None:
             raise RuntimeError("the look-up is over")
+        self._since = time.perf_counter()  # another thread may go on with what one has begun
         if not self._entered:
             lookup.__enter__()
             self._entered = True
