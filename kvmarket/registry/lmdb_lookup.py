@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ANSWERS_MAX = 64
 ANSWER_BLOCKS_MAX = 1024
-"""Look-ups remembered, and of how many blocks each at most: some 8 MiB."""
+"""Look-ups remembered, and of how many blocks each at most: some 12 MiB."""
 _OPAQUE = np.dtype(f"V{RECORD.itemsize}")
 NOTHING = Part(np.empty(0, RECORD), 0)
 
