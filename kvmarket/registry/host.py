@@ -114,13 +114,17 @@ class OwnerLocks:
                 return True
             os.close(self._probes.pop(owner))
         fd = os.open(f"{self._directory}/{owner}.lock", os.O_RDWR | os.O_CLOEXEC)  # asked often: without pathlib
-        if lock_holder(fd) is None:
-            os.close(fd)
-            return False
-        while len(self._probes) >= PROBES_MAX:
-            os.close(self._probes.pop(next(iter(self._probes))))
-        self._probes[owner] = fd
-        return True
+        locked = False
+        try:
+            locked = lock_holder(fd) is not None
+        finally:
+            if not locked:
+                os.close(fd)
+        if locked:
+            while len(self._probes) >= PROBES_MAX:
+                os.close(self._probes.pop(next(iter(self._probes))))
+            self._probes[owner] = fd
+        return locked
 
     def close(self) -> None:
         """Close the files of other owners that are kept open; not in a forked child."""
