@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from common import finish, interleave, log, timed
 
+from kvmarket.announced import NO_DIGEST
 from kvmarket.deadline import Deadline
 from kvmarket.helper import Helper
 from kvmarket.identity import OwnerInfo
@@ -49,7 +50,7 @@ from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.region.memory import private_huge_pages
 from kvmarket.region.pages import PagedMemory, PageLayout
 from kvmarket.region.region import LentRegion
-from kvmarket.registry.records import NO_DIGEST, make_records
+from kvmarket.registry.records import make_records
 from kvmarket.shared_read import SharedRead
 from kvmarket.transport import ReadRequest
 from kvmarket.verification import Verification

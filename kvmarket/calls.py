@@ -65,8 +65,27 @@ class Calls:
         finally:
             self._slots.release()
 
+    async def go_on(self, work: Callable[[], T], limit: Deadline) -> T:
+        """Have a reading thread end what fills a caller's memory already; not where calls are `full`. See `run`."""
+        await self._slots.acquire()  # does not wait where `full` is false
+        try:
+            return await self.run(self.readers, work, limit, borrowed=True, begun=True)
+        finally:
+            self._slots.release()
+
+    @property
+    def full(self) -> bool:
+        """True when as many calls of `read` and `go_on` run as may run at once."""
+        return self._slots.locked()
+
     async def run(
-        self, pool: ThreadPoolExecutor, work: Callable[[], T], limit: Deadline, *, borrowed: bool = False
+        self,
+        pool: ThreadPoolExecutor,
+        work: Callable[[], T],
+        limit: Deadline,
+        *,
+        borrowed: bool = False,
+        begun: bool = False,
     ) -> T:
         """Run `work` on a thread of `pool`.
 
@@ -76,6 +95,7 @@ class Calls:
             limit: raise `DeadlineExceededError` when it passes. Work that has not begun by then never will.
             borrowed: `work` touches the caller's memory. Once it has begun it is waited for, whatever happens; it must
                 end soon after `limit` does, which a cancellation of the caller brings forward.
+            begun: `work` goes on with what touches that memory already: it is waited for in any case.
         """
         self._require_open()
         job = pool.submit(work)
@@ -83,10 +103,10 @@ class Calls:
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         try:
-            await wait_for(future, limit, give_up=lambda: job.cancel() or not borrowed)
+            await wait_for(future, limit, give_up=lambda: not begun and (job.cancel() or not borrowed))
         except asyncio.CancelledError:
             limit.cancel()
-            if not job.cancel():
+            if begun or not job.cancel():
                 await drain(future)
             raise
         return future.result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from kvmarket.errors import InvalidInputError
@@ -30,18 +29,18 @@ class Deadline:
         if not valid:
             raise InvalidInputError(f"a deadline must be within [0, {SECONDS_MAX:g}] seconds, not {seconds!r}")
         self._at = time.monotonic() + seconds
-        self._cancelled = threading.Event()
+        self._cancelled = False  # set once, by one store, and looked at: nobody waits for it
 
     def cancel(self) -> None:
         """Make it expire now."""
-        self._cancelled.set()
+        self._cancelled = True
 
     @property
     def expired(self) -> bool:
         """True once the time has passed or `cancel` was called."""
-        return self._cancelled.is_set() or time.monotonic() >= self._at
+        return self._cancelled or time.monotonic() >= self._at
 
     @property
     def remaining_s(self) -> float:
         """Seconds left, never negative."""
-        return 0.0 if self._cancelled.is_set() else max(0.0, self._at - time.monotonic())
+        return 0.0 if self._cancelled else max(0.0, self._at - time.monotonic())

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from kvmarket.announced import DIGEST_BYTES
 from kvmarket.errors import InvalidInputError
 from kvmarket.region.cuda import CudaPagedMemory
 
 if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
 
-DIGEST_BYTES = 16
 WORD_BYTES = 8
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53

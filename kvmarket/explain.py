@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from typing import TYPE_CHECKING
 
 from kvmarket.identity import Namespace, describe_differences
 from kvmarket.report import MissReason
 
 if TYPE_CHECKING:
-    from kvmarket.registry import Registry
+    from kvmarket.registry import LookupResult, Registry
 
 _HASH_FIELDS = ("hash.algorithm", "hash.root", "engine.python")  # an engine's hashes may go through Python's pickle
 _NAMESPACES_MAX = 32
+EXPLAIN_EVERY_S = 5.0
+"""How often a registry that is not local is asked why nothing is found: it takes several round trips."""
+
+
+class Explanations:
+    """Says why look-ups in one namespace did not find more. Thread-safe."""
+
+    def __init__(self, registry: Registry, namespace: Namespace) -> None:
+        self._registry, self._namespace = registry, namespace
+        self._lock = threading.Lock()
+        self._last: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
+
+    def why(self, result: LookupResult, asked: int) -> tuple[MissReason, str]:
+        """Say why a look-up of `asked` blocks did not find more."""
+        if result.blocks == asked:
+            return MissReason.NONE, ""
+        if result.blocks == 0 and result.first_missing == "not_published":
+            return self._nothing_found()
+        return MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
+
+    def _nothing_found(self) -> tuple[MissReason, str]:
+        """Say why nothing at all was found. Where the registry is not local, an answer is good for a while."""
+        if self._registry.local:
+            return explain_nothing_found(self._registry, self._namespace)
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last[0] > EXPLAIN_EVERY_S:
+                self._last = (now, *explain_nothing_found(self._registry, self._namespace))
+            return self._last[1:]
 
 
 def explain_nothing_found(registry: Registry, namespace: Namespace) -> tuple[MissReason, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -11,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.announced import Announced
 from kvmarket.digest import can_digest
 from kvmarket.errors import PeerGoneError, RegistryError, TransferError, TransportError, TransportUnavailableError
-from kvmarket.explain import explain_nothing_found
+from kvmarket.explain import Explanations
 from kvmarket.helper import Helper
-from kvmarket.outcome import Fetched, Outcome, Sources
-from kvmarket.overlapped_fetch import OverlappedFetch
+from kvmarket.outcome import Answer, Fetched, Outcome, Sources
+from kvmarket.overlapped_fetch import GROUPS_MAX, OverlappedFetch
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
 from kvmarket.registry.records import RECORD, BlockRecords, have_digest, next_run, run_length
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
     from kvmarket.metrics import Metrics
     from kvmarket.region.pages import PagedMemory
 
-_Answer = tuple[LookupResult, MissReason, str]
-"""What a look-up found, and why that is not more."""
-EXPLAIN_EVERY_S = 5.0
-"""How often a registry that is not local is asked why nothing is found: it takes several round trips."""
-
 
 class Fetcher:
     """Look-ups and reads in one namespace. Thread-safe.
@@ -56,23 +50,23 @@ class Fetcher:
         config: MarketConfig,
         metrics: Metrics,
     ) -> None:
-        self._namespace, self._digest = namespace, namespace.digest
+        self._digest = namespace.digest
         self._fingerprint, self._page_bytes = namespace.spec.fingerprint, namespace.spec.page_bytes
         self._registry, self._transports, self._metrics = registry, transports, metrics
+        self.is_connected = transports.is_connected
         self.verify = config.verify
         self._helper = Helper()
         self._stale = StaleRecords(registry, self._digest, metrics)
-        self._explaining = threading.Lock()
-        self._explained: tuple[float, MissReason, str] = (-math.inf, MissReason.NOT_PUBLISHED, "")
+        self._why = Explanations(registry, namespace).why
 
-    def lookup(self, keys: Sequence[bytes]) -> _Answer:
+    def lookup(self, keys: Sequence[bytes]) -> Answer:
         """Find the longest run of `keys` that live owners hold, and say why it is not longer.
 
         Never raises for a bad registry: that is a miss, too.
         """
         return self._counted(self._lookup(keys))
 
-    def _lookup(self, keys: Sequence[bytes]) -> _Answer:
+    def _lookup(self, keys: Sequence[bytes]) -> Answer:
         began = time.perf_counter() if self._metrics.timed else 0.0
         try:
             result = self._registry.lookup(self._digest, keys)
@@ -82,29 +76,11 @@ class Fetcher:
         except RegistryError as error:
             return _nothing_found(error)
 
-    def _counted(self, answer: _Answer) -> _Answer:
+    def _counted(self, answer: Answer) -> Answer:
         self._metrics.add(lookups=1)
         if answer[1] is not MissReason.NONE:
             self._metrics.add_reason("misses", answer[1])
         return answer
-
-    def _why(self, result: LookupResult, asked: int) -> tuple[MissReason, str]:
-        """Say why a look-up of `asked` blocks did not find more."""
-        if result.blocks == asked:
-            return MissReason.NONE, ""
-        if result.blocks == 0 and result.first_missing == "not_published":
-            return self._explain()
-        return MissReason(result.first_missing), f"block {result.blocks} is not held by a live owner"
-
-    def _explain(self) -> tuple[MissReason, str]:
-        """Say why nothing at all was found. Where the registry is not local, an answer is good for a while."""
-        if self._registry.local:
-            return explain_nothing_found(self._registry, self._namespace)
-        now = time.monotonic()
-        with self._explaining:
-            if now - self._explained[0] > EXPLAIN_EVERY_S:
-                self._explained = (now, *explain_nothing_found(self._registry, self._namespace))
-            return self._explained[1:]
 
     def fresh(self, found: LookupResult) -> LookupResult:
         """Drop records that a read would refuse already, as far as that shows without asking the owner.
@@ -143,34 +119,61 @@ class Fetcher:
             local_pages: (n,) page numbers there, at least one per key.
             deadline: when it passes, what is proven is the hit.
         """
-        overlapped = OverlappedFetch(self, groups, local, local_pages, deadline)
-        try:
-            found, reason, detail = self._look_up_in_parts(overlapped)
-        except BaseException:
-            overlapped.abandon()
-            raise
-        outcome = Outcome()
-        outcome.stages |= overlapped.stages
-        sources = overlapped.finish(found, outcome)
-        self._read_rest(found, local, local_pages, deadline, outcome=outcome, sources=sources)
-        return Fetched(found, reason, detail, outcome, overlapped.asked)
+        return self.complete(self.begin(groups, local, local_pages, deadline))
 
-    def _look_up_in_parts(self, overlapped: OverlappedFetch) -> _Answer:
-        lookup = self._registry.looking_up(self._digest)
-        if lookup is None:
-            keys = overlapped.remaining_keys()
-            answer = self.lookup(keys)
-            overlapped.note("lookup")
+    def begin(  # noqa: D417 - those of `fetch`
+        self,
+        groups: Iterable[list[bytes]],
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        deadline: Deadline,
+        groups_max: int = GROUPS_MAX,
+    ) -> OverlappedFetch:
+        """Begin a `fetch`, without waiting for copies; `complete` or `OverlappedFetch.abandon` must follow soon.
+
+        Args:
+            groups, local, local_pages, deadline: see `fetch`.
+            groups_max: how many groups to take. Fewer than all: only over a connection that is open.
+        """
+        begun = OverlappedFetch(self, groups, local, local_pages, deadline, self._registry.looking_up(self._digest))
+        self._advance(begun, groups_max)
+        return begun
+
+    def complete(self, begun: OverlappedFetch) -> Fetched:
+        """Go on with what was begun, read the rest, check all of it: once, on any thread."""
+        if begun.unfinished:
+            self._advance(begun, GROUPS_MAX)
+        begun.settle()
+        (found, reason, detail), outcome = begun.answer, begun.outcome
+        self._read_rest(found, begun.local, begun.local_pages, begun.deadline, outcome=outcome, sources=begun.sources)
+        return Fetched(found, reason, detail, outcome, begun.asked)
+
+    def _advance(self, begun: OverlappedFetch, groups_max: int) -> None:
+        try:
+            answer = self._look_up_in_parts(begun, groups_max)
+        except BaseException:
+            begun.abandon()
+            raise
+        if answer is not None:
+            begun.answer, begun.unfinished = answer, False
+
+    def _look_up_in_parts(self, begun: OverlappedFetch, groups_max: int) -> Answer | None:
+        """Look up the next groups; return None when there may be more of them."""
+        if not begun.in_parts:
+            if groups_max < GROUPS_MAX:
+                return None
+            answer = self.lookup(begun.remaining_keys())
+            begun.note("lookup")
             return answer
         try:
-            with lookup:
-                overlapped.run(lookup)
-                found = lookup.result()
-            if self._metrics.timed:
-                self._metrics.observe("lookup_seconds", overlapped.stages["lookup"])
-            return self._counted((found, *self._why(found, overlapped.asked)))
+            found = begun.run(groups_max)
         except RegistryError as error:
             return self._counted(_nothing_found(error))
+        if found is None:
+            return None
+        if self._metrics.timed:
+            self._metrics.observe("lookup_seconds", begun.stages["lookup"])
+        return self._counted((found, *self._why(found, begun.asked)))
 
     def read(self, found: LookupResult, local: PagedMemory, local_pages: np.ndarray, deadline: Deadline) -> Outcome:
         """Read the blocks `found` names into `local_pages` (one per block) and prove them.
@@ -231,30 +234,38 @@ class Fetcher:
         keys: Sequence[bytes],
     ) -> int:
         """Read consecutive blocks of one region; return how many leading ones are good."""
-        connection = self.open(run, owner, local, outcome, deadline)
+        connection = self.open(int(run["region"][0]), owner, local, outcome, deadline)
         if connection is None:
             return 0
         targets = local_pages[outcome.blocks : outcome.blocks + len(run)]
-        verification = Verification(self.verify, run, local, targets, connection.digest)
-        request = ReadRequest(run["page"].copy(), run["generation"].copy(), local, targets)
-        reading = SharedRead(connection, request, deadline, verification)
+        announced = Announced.of(run)
+        verification = Verification(self.verify, announced, local, targets, connection.digest)
+        threads = 1
         try:
-            report = reading.run(self._helper)
+            if connection.digests:  # such a read is nothing that threads could share
+                report = connection.read(verification.request, deadline=deadline)
+                report.refused.update(dict.fromkeys(verification.mismatched, MissReason.DIGEST_MISMATCH))
+            else:
+                request = ReadRequest(announced.pages, announced.generations, local, targets)
+                reading = SharedRead(connection, request, deadline, verification)
+                report, threads = reading.run(self._helper), reading.threads
         except TransportError as error:
             self.failed(owner, error, outcome)
             return 0
-        outcome.stages["verify"] += verification.seconds / reading.threads
-        outcome.stages["read"] += report.seconds - verification.seconds / reading.threads
+        outcome.stages["verify"] += verification.seconds / threads
+        outcome.stages["read"] += report.seconds - verification.seconds / threads
         outcome.blocks_verified += verification.blocks
-        return self.adopt(report, run, keys, owner, outcome)
+        if report.refused:
+            self.met_stale(report, run, keys)
+        return self.adopt(report, len(run), owner, outcome)
 
     def open(
-        self, run: BlockRecords, owner: OwnerInfo, local: PagedMemory, outcome: Outcome, deadline: Deadline
+        self, region: int, owner: OwnerInfo, local: PagedMemory, outcome: Outcome, deadline: Deadline
     ) -> Connection | None:
-        """Return a connection that reads the region of `run` into `local`, or None; `outcome` then says why."""
+        """Return a connection that reads a region of `owner` into `local`, or None; `outcome` then says why."""
         began = time.perf_counter()
         try:
-            connection = self._connect(owner, int(run["region"][0]), deadline)
+            connection = self._connect(owner, region, deadline)
         except TransportError as error:
             gone = isinstance(error, PeerGoneError)
             outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
@@ -290,32 +301,33 @@ class Fetcher:
         else:
             raise error
 
-    def adopt(
-        self, report: TransferReport, run: BlockRecords, keys: Sequence[bytes], owner: OwnerInfo, outcome: Outcome
-    ) -> int:
-        """Add to `outcome` what a read of the blocks of `run` came to; return how many leading ones are good.
+    def adopt(self, report: TransferReport, blocks: int, owner: OwnerInfo, outcome: Outcome) -> int:
+        """Add to `outcome` what a read came to; return how many leading blocks are good.
 
         Args:
             report: of the read.
-            run: the records that were read, all of one region of `owner`.
-            keys: what was looked up, so that records which turned out to be stale can be removed.
+            blocks: how many it was to read, all of one region of `owner`.
             owner: who delivered.
-            outcome: of the fetch; its blocks are those before `run`.
+            outcome: of the fetch; its blocks are those before.
         """
         refused = report.refused
-        good = min(refused, default=len(run))
+        good = min(refused) if refused else blocks
         self._metrics.add_read(report.transport, report.path, report.nbytes, report.tier, good)
         if refused:
             outcome.reason = refused[good]
             outcome.detail = f"block {outcome.blocks + good} from {owner}: {outcome.reason}"
             for reason, number in Counter(refused.values()).items():
                 self._metrics.add_reason("blocks_refused", reason, number)
-            stale = [at for at, reason in refused.items() if reason is MissReason.STALE_GENERATION]
-            self._stale.met(keys, run[stale])
         outcome.blocks += good
         outcome.transfers.append(report)
-        outcome.sources[str(owner)] = outcome.sources.get(str(owner), 0) + good
+        name = str(owner)
+        outcome.sources[name] = outcome.sources.get(name, 0) + good
         return good
+
+    def met_stale(self, report: TransferReport, run: BlockRecords, keys: Sequence[bytes]) -> None:
+        """Have records removed that turned out to be stale: of `run`, as it was read, in a look-up of `keys`."""
+        stale = [at for at, reason in report.refused.items() if reason is MissReason.STALE_GENERATION]
+        self._stale.met(keys, run[stale])
 
     def _connect(self, owner: OwnerInfo, region_id: int, deadline: Deadline | None = None) -> Connection:
         def describe() -> RegionDescriptor:
@@ -381,5 +393,5 @@ class _UnverifiedError(TransportError):
     """The owner may pass on wrong bytes that it adopted, or what it computed from them."""
 
 
-def _nothing_found(error: RegistryError) -> _Answer:
+def _nothing_found(error: RegistryError) -> Answer:
     return LookupResult(0, 0, np.empty(0, RECORD)), MissReason.REGISTRY_UNAVAILABLE, str(error)

@@ -89,9 +89,9 @@ def token_array(tokens: TokenIds) -> np.ndarray:
         raise InvalidInputError(f"tokens must have one dimension, not shape {array.shape}")
     if array.size == 0:
         raise InvalidInputError("tokens are empty: a prompt needs at least one token")
-    if array.dtype == object or not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise InvalidInputError(f"tokens must be integers within [0, {TOKEN_ID_MAX}], not {array.dtype}")
-    if int(array.min()) < 0 or int(array.max()) > TOKEN_ID_MAX:
+    if np.minimum.reduce(array) < 0 or np.maximum.reduce(array) > TOKEN_ID_MAX:
         raise InvalidInputError(f"token ids must be within [0, {TOKEN_ID_MAX}]")
     return np.ascontiguousarray(array, dtype="<u4")
 
@@ -131,11 +131,8 @@ def hash_blocks(
     out: list[bytes] = []
     parent = root
     if extra_keys is None and algorithm == "sha256":  # the default, in as little Python as can be
-        sha256, append = hashlib.sha256, out.append
-        for (piece,) in struct.iter_unpack(f"{step}s", data[: blocks * step]):
-            parent = sha256(parent + piece).digest()
-            append(parent)
-        return out
+        sha256, pieces = hashlib.sha256, struct.unpack(f"{step}s" * blocks, data[: blocks * step])
+        return [parent := sha256(parent + piece).digest() for piece in pieces]
     if extra_keys is None:
         for start in range(0, blocks * step, step):
             parent = digest(parent + data[start : start + step])

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvmarket.arena_publish import ArenaPublisher, Stay, checked_seconds, close_market
 from kvmarket.calls import Calls, wait_for
+from kvmarket.card_fetch import CardFetches
 from kvmarket.config import MarketConfig
 from kvmarket.core import MarketCore
 from kvmarket.cuda import is_cuda, packed_cuda_pages
@@ -21,7 +22,7 @@ from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClos
 from kvmarket.hashing import TokenIds, token_array
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.outcome import Fetched, FetchResult, Outcome
-from kvmarket.prefix_keys import PrefixKeys
+from kvmarket.prefix_keys import PrefixKeys, first_group_and_rest
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry
@@ -69,6 +70,7 @@ class Marketplace:
         self._config, self._spec, self._root = config, spec, namespace.digest
         self._prefix_keys = PrefixKeys(self._root, spec.block_size, config.hash, namespace.sealer)
         self._calls = Calls(config.fetch_concurrency, self._require_open)
+        self._to_cards = CardFetches(self._core, self._calls)
         self._staging = StagingPool()
         self._arena: ArenaPublisher | None = None
         self._disk = DiskTier(self._core) if config.disk_bytes else None
@@ -306,15 +308,17 @@ class Marketplace:
     async def _fetch_overlapped(
         self, tokens: np.ndarray, extra_keys: Sequence[bytes] | None, local: PagedMemory, deadline: Deadline
     ) -> Fetched:
-        """Have a thread hash, look up and read, all at once where it can."""
+        """Hash, look up and read, all at once where that can be: on a thread, but for what is soon done."""
         self._require_open()
-        groups = self._prefix_keys.groups(tokens) if extra_keys is None else iter([self._keys(tokens, extra_keys)])
-        work = partial(self._core.fetcher.fetch, groups, local, np.arange(local.layout.num_pages), deadline)
+        if extra_keys is None:
+            groups = self._prefix_keys.groups(tokens)
+        else:
+            groups = first_group_and_rest(self._keys(tokens, extra_keys))
+        blocks = len(tokens) // self._spec.block_size
         try:
-            return await self._calls.read(work, deadline)
+            return await self._to_cards.fetch(groups, blocks, local, deadline)
         except DeadlineExceededError as error:
             nothing, late = LookupResult(0, 0, np.empty(0, RECORD)), MissReason.DEADLINE
-            blocks = len(tokens) // self._spec.block_size
             return Fetched(nothing, late, str(error), Outcome(reason=late, detail=str(error)), blocks)
 
     def _local(self, out: Any) -> PagedMemory:

@@ -68,6 +68,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._values: dict[str, set[str]] = {}
+        self._read_names: dict[tuple[str, str, str], tuple[str, ...]] = {}
         self._histograms: dict[str, Histogram] = {}
         self._levels: dict[str, float] = {}
         self._gauges: dict[str, Callable[[], float]] = {}
@@ -91,12 +92,25 @@ class Metrics:
         """Count one read from a peer, by what carried it and what held it: one call, since every read makes it."""
         with self._lock:
             counts = self._counts
-            for label, value in (("transport", transport), ("path", path)):
-                end = f"{{{label}={self._known(label, value)}}}"
-                counts[f"{label}_reads{end}"] += 1
-                counts[f"{label}_bytes{end}"] += nbytes
+            names = self._read_names.get((transport, path, tier)) or self._name_read(transport, path, tier)
+            by_transport, by_transport_bytes, by_path, by_path_bytes, by_tier = names
+            counts[by_transport] += 1
+            counts[by_transport_bytes] += nbytes
+            counts[by_path] += 1
+            counts[by_path_bytes] += nbytes
             if blocks:
-                counts[f"tier_blocks{{tier={self._known('tier', tier)}}}"] += blocks
+                counts[by_tier] += blocks
+
+    def _name_read(self, transport: str, path: str, tier: str) -> tuple[str, ...]:
+        """Return the keys of what a read counts; remembered, since most reads have the same ones."""
+        names = []
+        for label, value in (("transport", transport), ("path", path)):
+            known = self._known(label, value)
+            names += [labelled(f"{label}_{what}", label, known) for what in ("reads", "bytes")]
+        names.append(labelled("tier_blocks", "tier", self._known("tier", tier)))
+        if len(self._read_names) < LABEL_VALUES_MAX:
+            self._read_names[transport, path, tier] = tuple(names)
+        return tuple(names)
 
     def _known(self, name: str, value: str) -> str:
         values = self._values.setdefault(name, set())

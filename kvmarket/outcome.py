@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from kvmarket.spec import KVCacheSpec
 
 
+Answer = tuple["LookupResult", MissReason, str]
+"""What a look-up found, and why that is not more."""
+
+
 @dataclass
 class Outcome:
     """What reading a run of blocks came to.

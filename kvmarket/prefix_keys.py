@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from kvmarket.secret import Sealer
 
 PROMPTS_MAX = 8
-GROUP_BLOCKS, GROWTH_MAX = 2 * RUN_BLOCKS, 2
-"""Of the first group of `PrefixKeys.groups`, and how often the next has twice as many: a group costs some 100 us apart
-from its blocks, and a block less than half the time in which a card copies 2 MiB."""
+GROUP_BLOCKS, GROUP_STEP, GROUP_BLOCKS_MAX, EQUAL_GROUPS = 2 * RUN_BLOCKS, RUN_BLOCKS, 8 * RUN_BLOCKS, 4
+"""Of the first `EQUAL_GROUPS` groups of `PrefixKeys.groups`, what each further one has more, and of the largest. A card
+copies 2 MiB in 1.4 us; hashing a block takes half of that or more, and a group some 40 us besides: so that the card
+never waits, a group can be only a little larger than the one that is being copied meanwhile."""
 TOKENS_MAX = 1 << 17
 """What goes beyond in a prompt is not remembered: 8 such prompts take some 12 MiB."""
 
@@ -91,7 +92,8 @@ class PrefixKeys:
         hashes, keys = ([], []) if known is None else (known.hashes[:shared], known.keys[:shared])
         start = 0
         for number in range(total):  # never as many groups
-            end = min(start + (GROUP_BLOCKS << min(number, GROWTH_MAX)), total)
+            size = min(GROUP_BLOCKS + GROUP_STEP * max(0, number + 1 - EQUAL_GROUPS), GROUP_BLOCKS_MAX)
+            end = min(start + size, total)
             if end > len(keys):
                 self._extend(tokens[: end * self._block_size], hashes, keys)
             yield keys[start:end]
@@ -127,6 +129,13 @@ class PrefixKeys:
         with self._lock:
             longer = [known for known in self._prompts if not _begins(prompt.tokens, known.tokens)]
             self._prompts = [*longer, prompt][-PROMPTS_MAX:]
+
+
+def first_group_and_rest(keys: list[bytes]) -> Iterator[list[bytes]]:
+    """Yield keys that are known in groups of which the first is as short as that of `PrefixKeys.groups`."""
+    for group in (keys[:GROUP_BLOCKS], keys[GROUP_BLOCKS:]):
+        if group:
+            yield group
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -27,7 +27,7 @@ from kvmarket.errors import (
 )
 from kvmarket.logs import Log
 from kvmarket.region.generations import readable
-from kvmarket.registry.records import DIGEST_BYTES, make_records
+from kvmarket.registry.records import RECORD, make_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,12 +111,12 @@ class Publisher:
     def remember_digests(self) -> None:
         """Keep the digests of announced pages, for `digests_of`. Call it before anything is offered."""
         pages = self._region.layout.num_pages
-        self._announced = np.zeros(pages, np.uint64), np.zeros(pages, f"V{DIGEST_BYTES}")
+        self._announced = np.zeros(pages, np.uint64), np.zeros(pages, RECORD["digest"])
 
     def digests_of(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (n,) V16 digests that `pages` were announced with, and (n,) bool: which of them still hold."""
         if self._announced is None:
-            return np.zeros(len(pages), f"V{DIGEST_BYTES}"), np.zeros(len(pages), bool)
+            return np.zeros(len(pages), RECORD["digest"]), np.zeros(len(pages), bool)
         generations, digests = self._announced
         return digests[pages], readable(self._region.generations.values, pages, generations[pages])
 

@@ -30,7 +30,7 @@ SHARED_BYTES_MIN = 2 << 20
 
 
 class SharedRead:
-    """Reads and verifies the pages of one request.
+    """Reads and verifies the pages of one request, over a connection that does not digest them itself.
 
     Attributes:
         threads: how many threads have taken part.
@@ -100,18 +100,9 @@ class SharedRead:
         def on_group(indices: np.ndarray) -> None:
             self._verification.check(indices + part.start)
 
-        def on_digests(indices: np.ndarray, digests: np.ndarray) -> None:
-            self._verification.compare(indices + part.start, digests)
-
         pages, generations, targets = request.pages[part], request.generations[part], request.local_pages[part]
-        if self._connection.digests:
-            wanted = ReadRequest(
-                pages, generations, request.local, targets, self._verification.wanted[part], on_digests
-            )
-            report = self._connection.read(wanted, deadline=self._deadline)
-        else:
-            wanted = ReadRequest(pages, generations, request.local, targets)
-            report = self._connection.read(wanted, deadline=self._deadline, on_group=on_group)
+        wanted = ReadRequest(pages, generations, request.local, targets)
+        report = self._connection.read(wanted, deadline=self._deadline, on_group=on_group)
         with self._lock:
             self._reports.append(report)
             self._refused.update({index + part.start: reason for index, reason in report.refused.items()})

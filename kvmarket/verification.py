@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmarket.announced import DIGEST_BYTES, Announced, named
 from kvmarket.digest import can_digest, default_digest, page_digests
-from kvmarket.registry.records import DIGEST_BYTES, BlockRecords, have_digest
+from kvmarket.transport import ReadRequest
 
 if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
+    from kvmarket.registry.records import BlockRecords
 
 SAMPLE_ONE_IN = 16
 
@@ -31,30 +33,50 @@ class Verification:
         algorithm: of the announced digests; default: the one for this kind of memory.
 
     Attributes:
-        wanted: (n,) bool: pages to compare.
+        announced: what was announced.
+        wanted: (n,) bool: pages to compare; `Announced.every` when that is all of them.
         mismatched: pages (indices into `run`) whose bytes are not those announced.
         blocks: pages compared.
         seconds: time it took, summed over threads.
     """
 
     def __init__(
-        self, mode: str, run: BlockRecords, local: PagedMemory, local_pages: np.ndarray, algorithm: str = ""
+        self,
+        mode: str,
+        run: BlockRecords | Announced,
+        local: PagedMemory,
+        local_pages: np.ndarray,
+        algorithm: str = "",
     ) -> None:
         self._local, self._local_pages = local, local_pages
         self._algorithm = algorithm or default_digest(local.kind)
         if not can_digest(local.kind, self._algorithm):
             mode = "none"
-        self._digests = np.ascontiguousarray(run["digest"])
-        self.wanted = have_digest(run)
-        if mode == "none":
-            self.wanted[:] = False
-        elif mode == "sampled":
-            offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
-            self.wanted &= np.arange(len(run)) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, len(run)))
-        self._any, self._all = bool(self.wanted.any()), bool(self.wanted.all())
+        self.announced = run if isinstance(run, Announced) else Announced.of(run)
+        self._any = self._all = mode == "full" and self.announced.vouched
+        self.wanted = self.announced.every if self._all else self._chosen(mode)
         self._lock = threading.Lock()
         self.mismatched: set[int] = set()
         self.blocks, self.seconds = 0, 0.0
+
+    def _chosen(self, mode: str) -> np.ndarray:
+        count = len(self.announced)
+        if mode == "none":
+            return np.zeros(count, bool)
+        wanted = named(self.announced.digests)
+        if mode == "sampled":
+            offset = random.randrange(SAMPLE_ONE_IN)  # noqa: S311 - which pages are sampled is no secret
+            wanted &= np.arange(count) % SAMPLE_ONE_IN == offset % max(1, min(SAMPLE_ONE_IN, count))
+        self._any = bool(wanted.any())
+        return wanted
+
+    @property
+    def request(self) -> ReadRequest:
+        """The read of all pages over a connection that digests them, and has the digests compared here."""
+        known = self.announced
+        return ReadRequest(
+            known.pages, known.generations, self._local, self._local_pages, self.wanted, self.compare, known
+        )
 
     def check(self, indices: np.ndarray) -> None:
         """Verify pages that have just arrived."""
@@ -64,18 +86,28 @@ class Verification:
         if not len(chosen):
             return
         began = time.perf_counter()
-        self._compare(chosen, b"".join(page_digests(self._local, self._local_pages[chosen], self._algorithm)), began)
+        digests = b"".join(page_digests(self._local, self._local_pages[chosen], self._algorithm))
+        self._compare(chosen, digests, began)
 
-    def compare(self, indices: np.ndarray, digests: np.ndarray) -> None:
+    def compare(self, indices: np.ndarray | slice, digests: np.ndarray) -> None:
         """Verify pages that have just arrived by their digests, (n,) V16, which came with them."""
-        self._compare(indices, digests.tobytes(), time.perf_counter())
+        began = time.perf_counter()
+        if not isinstance(indices, slice):
+            self._compare(indices, digests.tobytes(), began)
+        elif self.announced.same_digests(indices, digests):
+            self._count(len(digests), (), began)
+        else:
+            self._compare(np.arange(indices.start, indices.stop), digests.tobytes(), began)
 
     def _compare(self, chosen: np.ndarray, actual: bytes, began: float) -> None:
         wrong: list[int] = []
-        if actual != self._digests[chosen].tobytes():
-            differ = np.frombuffer(actual, f"V{DIGEST_BYTES}") != self._digests[chosen]
-            wrong = chosen[differ].tolist()
+        expected = self.announced.digests[chosen]
+        if actual != expected.tobytes():
+            wrong = chosen[np.frombuffer(actual, f"V{DIGEST_BYTES}") != expected].tolist()
+        self._count(len(chosen), wrong, began)
+
+    def _count(self, blocks: int, wrong: list[int] | tuple[()], began: float) -> None:
         with self._lock:
             self.mismatched.update(wrong)
-            self.blocks += len(chosen)
+            self.blocks += blocks
             self.seconds += time.perf_counter() - began

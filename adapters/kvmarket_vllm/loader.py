@@ -102,9 +102,10 @@ class Loader:
         blocks = 0
         try:
             targets = np.array(load.block_ids, np.int64)
-            # Ranks may have found different lengths; all load the shortest.
-            wanted = replace(found, blocks=len(targets), records=found.records[found.records["block"] < len(targets)])
-            outcome = self._core.fetcher.read(wanted, pages, targets, deadline)
+            if found.blocks > len(targets):  # ranks may have found different lengths; all load the shortest
+                records = found.records[found.records["block"] < len(targets)]
+                found = replace(found, blocks=len(targets), records=records)
+            outcome = self._core.fetcher.read(found, pages, targets, deadline)
             blocks = outcome.blocks
             for transfer in outcome.transfers:
                 self._deltas.add_labelled("tier_bytes", transfer.tier, transfer.nbytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -63,6 +63,11 @@ class CudaTransfer(ABC):
     """
 
     digests: np.ndarray
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """True when `wait` would not wait: the copy has ended, or failed."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -132,7 +137,7 @@ class CudaApi(ABC):
         source_pages: np.ndarray,
         target: CudaPagedMemory,
         target_pages: np.ndarray,
-        digest: np.ndarray | None = None,
+        digest: np.ndarray | Literal[True] | None = None,
     ) -> CudaTransfer:
         """Launch one copy of pages to pages, on a stream of its own, after `target.after` if there is one.
 
@@ -141,7 +146,7 @@ class CudaApi(ABC):
             source_pages: (n,) int64 page numbers there.
             target: where to; its card does the copying.
             target_pages: (n,) int64 page numbers there, without repeats.
-            digest: (n,) bool: which of these pages to digest in the course of the copy; None: none.
+            digest: (n,) bool: which of these pages to digest in the course of the copy; True: all; None: none.
         """
 
     @abstractmethod

@@ -22,8 +22,14 @@ RELEASED_BYTES_MIN = 256 << 10
 """Bytes of one copy for which it is worth to release the GIL and take it back."""
 SHORT_BYTES = 4 << 10
 """Shorter pieces in random places are cheaper to copy twice, through a buffer, than with a Python statement each."""
+_SIGNED = np.dtype(np.int64)
 BUFFER_BYTES = 512 << 10
 """Half of a common second-level cache."""
+
+
+def _unsigned(pages: np.ndarray) -> np.ndarray:
+    """Return page numbers as unsigned ones, in which negative ones are large."""
+    return pages.view(np.uint64) if pages.dtype == _SIGNED else pages.astype(np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class PageLayout:
 
     def check_pages(self, pages: np.ndarray) -> None:
         """Raise `InvalidInputError` unless this layout has every one of `pages`."""
-        if len(pages) and int(pages.astype(np.uint64).max()) >= self.num_pages:  # negative ones become large
+        if len(pages) and np.maximum.reduce(_unsigned(pages)) >= self.num_pages:
             raise InvalidInputError(f"page number outside [0, {self.num_pages})")
 
     def as_list(self) -> list[object]:

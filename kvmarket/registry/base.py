@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kvmarket.identity import OwnerInfo
     from kvmarket.metrics import Metrics
-    from kvmarket.registry.records import BlockRecords
+    from kvmarket.registry.records import BlockRecords, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Lookup(ABC):
         """End. Must not be long after the beginning: the registry may keep for it what others have removed."""
 
     @abstractmethod
-    def more(self, keys: Sequence[bytes]) -> BlockRecords:
-        """Look up the next keys; return the records that the run grew by. Nothing is added to a run that has ended."""
+    def more(self, keys: Sequence[bytes]) -> Part:
+        """Look up the next keys; return what the run grew by. Nothing is added to a run that has ended."""
 
     @property
     @abstractmethod

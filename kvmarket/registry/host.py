@@ -14,6 +14,9 @@ from kvmarket.errors import RegistryUnavailableError
 from kvmarket.identity import OwnerInfo
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
+_QUERY = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+PROBES_MAX = 64
+"""Lock files of other owners that are kept open: who is asked for with every fetch is asked with one system call."""
 
 
 def boot_id() -> str:
@@ -36,8 +39,7 @@ def lock_holder(fd: int) -> int | None:
 
     Locks of this very process do not count.
     """
-    query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, _QUERY))
     return int(pid) if kind != fcntl.F_UNLCK else None
 
 
@@ -53,6 +55,7 @@ class OwnerLocks:
         self._directory = directory
         self._mutex = threading.Lock()
         self._held: dict[int, tuple[int, int]] = {}
+        self._probes: dict[int, int] = {}
 
     def _path(self, owner: int) -> Path:
         return self._directory / f"{owner}.lock"
@@ -92,20 +95,42 @@ class OwnerLocks:
         Raises:
             RegistryUnavailableError: it cannot be told, e.g. without a free file descriptor. That is no proof of death.
         """
-        with self._mutex:
+        with self._mutex:  # nothing here waits, and no other thread may close a probe while it is asked
             held = self._held.get(owner)
-        if held is not None and held[0] == os.getpid():
-            return True
+            if held is not None and held[0] == os.getpid():
+                return True
+            try:
+                return self._locked(owner)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                raise RegistryUnavailableError(f"cannot tell whether owner {owner} is alive: {error}") from error
+
+    def _locked(self, owner: int) -> bool:
+        """Ask the lock file that was open already, and where that is not locked, the one that has its name now."""
+        fd = self._probes.get(owner, -1)
+        if fd >= 0:
+            if lock_holder(fd) is not None:
+                return True
+            os.close(self._probes.pop(owner))
+        fd = os.open(f"{self._directory}/{owner}.lock", os.O_RDWR | os.O_CLOEXEC)  # asked often: without pathlib
+        locked = False
         try:
-            fd = os.open(f"{self._directory}/{owner}.lock", os.O_RDWR | os.O_CLOEXEC)  # asked often: without pathlib
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise RegistryUnavailableError(f"cannot tell whether owner {owner} is alive: {error}") from error
-        try:
-            return lock_holder(fd) is not None
+            locked = lock_holder(fd) is not None
         finally:
-            os.close(fd)
+            if not locked:
+                os.close(fd)
+        if locked:
+            while len(self._probes) >= PROBES_MAX:
+                os.close(self._probes.pop(next(iter(self._probes))))
+            self._probes[owner] = fd
+        return locked
+
+    def close(self) -> None:
+        """Close the files of other owners that are kept open; not in a forked child."""
+        with self._mutex:
+            while self._probes:
+                os.close(self._probes.popitem()[1])
 
     def owners_on_disk(self) -> list[int]:
         """Return the owners that have a lock file."""

@@ -37,6 +37,7 @@ from kvmarket.registry.records import (
     HEAD_BYTES,
     OWNER_AT,
     BlockRecords,
+    Part,
     cut_to_living,
     decode_records,
     encode_records,
@@ -247,34 +248,39 @@ class LmdbRegistry(Registry):
         return LmdbLookup(self, self._file.read(), digest)
 
     def lookup_some(
-        self, txn: Transaction, cursor: Any, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
-    ) -> tuple[BlockRecords, int, str]:
+        self, txn: Transaction, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
+    ) -> tuple[Part, str]:
         """Look up consecutive keys; for `LmdbLookup`.
 
         Args:
             txn: the transaction.
-            cursor: one of the blocks table in it.
             epoch: of the namespace.
             keys: at least one.
             living: owners known to be alive; those that are found to be are added.
 
         Returns:
-            Records of the leading run that living owners hold, sorted by block, the first key's being 0; its length;
-            and what ended it, as in `LookupResult`.
+            The leading run that living owners hold, and what ended it, as in `LookupResult`.
         """
-        known = self._answers.get(txn.id(), epoch, keys)
-        if known is not None and all(self._is_living(txn, owner, living) for owner in known.owners):
-            return known.records.copy(), known.run, known.ended
-        found = self._look_up(txn, cursor, epoch, keys, living)
-        self._answers.put(Answer(txn.id(), epoch, list(keys), *found, distinct(found[0]["owner"])))
-        return found[0].copy(), *found[1:]
+        snapshot = txn.id()
+        known = self._answers.get(snapshot, epoch, keys)
+        if known is not None:
+            for owner in known.owners:
+                if not self._is_living(txn, owner, living):
+                    break
+            else:
+                return known.part, known.ended
+        records, run, ended = self._look_up(txn, epoch, keys, living)
+        part = Part(records, run)
+        self._answers.put(Answer(snapshot, epoch, list(keys), part, ended, distinct(records["owner"])))
+        return part, ended
 
     def _look_up(
-        self, txn: Transaction, cursor: Any, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
+        self, txn: Transaction, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
     ) -> tuple[BlockRecords, int, str]:
         values: list[bytes] = []
         blocks: list[int] = []
-        collect(cursor, _u32(epoch), keys, blocks, values)
+        with txn.cursor(self.table("blocks")) as cursor:
+            collect(cursor, _u32(epoch), keys, blocks, values)
         records = decode_records(blocks, values)
         dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
         if not dead and len(blocks) == len(keys) == len(records) and blocks[-1] == len(keys) - 1:

@@ -55,14 +55,15 @@ class RegistryFile:
     tables: dict[str, Any] = field(default_factory=dict)
     users: int = 0
     writing: threading.Lock = field(default_factory=threading.Lock)
-    _idle: threading.Condition = field(default_factory=threading.Condition)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
     _active: int = 0
+    _awaited: int = 0
     _paused: bool = False
     _identity: tuple[int, int] = (0, 0)
     _name: str = ""
 
     def __post_init__(self) -> None:
-        self._name = str(self.path)
+        self._name, self._idle = str(self.path), threading.Condition(self._counting)
         with translated(self.path):
             self._identity = self._on_disk()
 
@@ -119,7 +120,7 @@ class RegistryFile:
 
     def begin(self, *, write: bool) -> Transaction:
         """Open a transaction; `end` must follow when it is over."""
-        with self._idle:
+        with self._counting:
             try:
                 txn = self.env.begin(write=write, buffers=False)
             except lmdb.MapResizedError:  # another process opened it with a larger limit
@@ -130,16 +131,23 @@ class RegistryFile:
 
     def end(self) -> None:
         """Count a transaction of `begin` as over."""
-        with self._idle:
+        with self._counting:
             self._active -= 1
-            if not self._active:
+            if self._awaited and not self._active:
                 self._idle.notify_all()
 
     def _grow(self) -> None:
         """Map what others made longer. lmdb moves the map, so no transaction of this process may be open."""
-        if not self._idle.wait_for(lambda: self._active == 0, WRITE_WAIT_S):
+        if not self._wait_until_idle():
             raise RegistryUnavailableError(f"{self.path} grew, and a transaction of this process does not end")
         self.env.set_mapsize(0)
+
+    def _wait_until_idle(self) -> bool:
+        self._awaited += 1
+        try:
+            return self._idle.wait_for(lambda: self._active == 0, WRITE_WAIT_S)
+        finally:
+            self._awaited -= 1
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -175,6 +183,7 @@ class RegistryFile:
 
     def close(self) -> None:
         """Close the file, unless a thread is writing and does not end: then it stays open with this process."""
+        self.locks.close()
         if self.writing.acquire(timeout=WRITE_WAIT_S):
             try:
                 self._close()
@@ -194,7 +203,7 @@ class RegistryFile:
         """Let no transaction be open from now on, as far as `WRITE_WAIT_S` allows."""
         self._paused = self.writing.acquire(timeout=WRITE_WAIT_S)
         self._idle.acquire()
-        self._idle.wait_for(lambda: self._active == 0, WRITE_WAIT_S)
+        self._wait_until_idle()
 
     def resume(self, *, in_child: bool) -> None:
         """End `pause`; in a child, the file is closed."""

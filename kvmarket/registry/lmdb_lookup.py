@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from kvmarket.registry.base import Lookup, LookupResult
-from kvmarket.registry.records import RECORD, BlockRecords
+from kvmarket.registry.records import RECORD, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from kvmarket.identity import OwnerInfo
     from kvmarket.registry.lmdb import LmdbRegistry
     from kvmarket.registry.lmdb_reading import Reading
+    from kvmarket.registry.records import BlockRecords
 
 
 ANSWERS_MAX = 64
 ANSWER_BLOCKS_MAX = 1024
-"""Look-ups remembered, and of how many blocks each at most: some 8 MiB."""
+"""Look-ups remembered, and of how many blocks each at most: some 12 MiB."""
 _OPAQUE = np.dtype(f"V{RECORD.itemsize}")
+NOTHING = Part(np.empty(0, RECORD), 0)
 
 
 class LmdbLookup(Lookup):
@@ -34,14 +37,13 @@ class LmdbLookup(Lookup):
         self._registry, self._reading, self._digest = registry, reading, digest
         self._living: dict[int, OwnerInfo] = {}
         self._keys: list[bytes] = []
-        self._found: list[BlockRecords] = []
+        self._found: list[Part] = []
         self._blocks, self._ended = 0, ""
 
     def __enter__(self) -> Self:
         self._txn = self._reading.__enter__()
         try:
             self.epoch = self._registry.epoch_in(self._txn, self._digest)
-            self._cursor = self._txn.cursor(self._registry.table("blocks"))
         except BaseException as error:
             self._reading.__exit__(type(error), error, None)
             raise
@@ -50,20 +52,18 @@ class LmdbLookup(Lookup):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cursor.close()
         self._reading.__exit__(kind, error, trace)
 
-    def more(self, keys: Sequence[bytes]) -> BlockRecords:
+    def more(self, keys: Sequence[bytes]) -> Part:
         if not self.epoch:
             self._ended = "not_published"
         if self._ended or not keys:
-            return np.empty(0, RECORD)
-        records, run, self._ended = self._registry.lookup_some(self._txn, self._cursor, self.epoch, keys, self._living)
-        records["block"] += self._blocks
-        self._found.append(records)
+            return NOTHING
+        part, self._ended = self._registry.lookup_some(self._txn, self.epoch, keys, self._living)
+        self._found.append(part)
         self._keys += keys
-        self._blocks += run
-        return records
+        self._blocks += part.blocks
+        return part
 
     @property
     def ended(self) -> bool:
@@ -74,13 +74,25 @@ class LmdbLookup(Lookup):
         return self._living
 
     def result(self) -> LookupResult:
-        found = self._found
-        records = found[0] if len(found) == 1 else np.empty(0, RECORD)
-        if len(found) > 1:  # as opaque items, because numpy compares the fields of each part otherwise
-            records = np.concatenate([part.view(_OPAQUE) for part in found]).view(RECORD)
-        used = set(distinct(records["owner"]))
-        living = {owner: info for owner, info in self._living.items() if owner in used}
+        records = self._records()
+        living = self._living
+        if len(living) > 1:
+            used = set(distinct(records["owner"]))
+            living = {owner: info for owner, info in living.items() if owner in used}
+        elif not len(records):
+            living = {}
         return LookupResult(self.epoch, self._blocks, records, self._ended, living, self._keys)
+
+    def _records(self) -> BlockRecords:
+        """Return all records, each with the index of its block in the whole."""
+        found = self._found
+        if len(found) <= 1:
+            return found[0].records if found else NOTHING.records
+        # as opaque items, because numpy compares the fields of each part otherwise
+        records: BlockRecords = np.concatenate([part.records.view(_OPAQUE) for part in found]).view(RECORD)
+        starts = accumulate((part.blocks for part in found[:-1]), initial=0)
+        records["block"] += np.repeat(np.fromiter(starts, np.int64, len(found)), [len(part.records) for part in found])
+        return records
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +103,14 @@ class Answer:
         snapshot: the number of the transaction that wrote the file last: as long as it stays, so does the answer, but
             for owners that have died since.
         epoch, keys: what was asked.
-        records, run, ended: what was found, see `LmdbRegistry.lookup_some`.
+        part, ended: what was found, see `LmdbRegistry.lookup_some`.
         owners: whose records those are.
     """
 
     snapshot: int
     epoch: int
     keys: list[bytes]
-    records: BlockRecords
-    run: int
+    part: Part
     ended: str
     owners: list[int]
 

@@ -11,11 +11,14 @@ A block key is ``head (8) | index (4) | hash``: the head is the start of the has
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import numpy as np
 
+from kvmarket.announced import DIGEST_BYTES, NO_DIGEST, Announced, named
 from kvmarket.errors import RegistryProtocolError
 from kvmarket.identity import OwnerInfo
 from kvmarket.secret import Sealer
@@ -32,11 +35,7 @@ KEY_HEAD_BYTES = HEAD_BYTES + 4
 """Bytes of a block key before the block's hash: its run's head and its index."""
 RECORD_BYTES_MAX = 511
 """The longest value the ordered store takes when several owners hold one block."""
-DIGEST_BYTES = 16
 NOT_SEALED = Sealer()
-NO_DIGEST = bytes(DIGEST_BYTES)
-"""Stands for "the owner computed none": such a page can only be checked by its generation."""
-_NO_DIGEST = np.void(NO_DIGEST)
 
 _WIRE = np.dtype(
     [
@@ -110,10 +109,16 @@ def block_keys(hashes: Sequence[bytes], start: int = 0, seal: Sealer = NOT_SEALE
         hashes = [*hashes[:first], *map(seal, hashes[first:])]
     keys: list[bytes] = []
     for first in range(start - start % RUN_BLOCKS, len(hashes), RUN_BLOCKS):
-        head = hashes[first][:HEAD_BYTES]
-        indices = range(max(first, start), min(first + RUN_BLOCKS, len(hashes)))
-        keys.extend(head + index.to_bytes(4, "big") + hashes[index] for index in indices)
+        skip = max(start - first, 0)
+        heads = map(hashes[first][:HEAD_BYTES].__add__, _indices(first)[skip:])
+        keys += map(add, heads, hashes[first + skip : first + RUN_BLOCKS])
     return keys
+
+
+@lru_cache(maxsize=1024)
+def _indices(first: int) -> tuple[bytes, ...]:
+    """Return the indices of the blocks of a run as they stand in keys: most prompts have the same ones."""
+    return tuple(index.to_bytes(4, "big") for index in range(first, first + RUN_BLOCKS))
 
 
 def block_key(hashes: Sequence[bytes], index: int, seal: Sealer = NOT_SEALED) -> bytes:
@@ -133,8 +138,7 @@ def blocks_to_run_end(key: bytes) -> int:
 
 def have_digest(records: BlockRecords) -> np.ndarray:
     """Return (n,) bool: which records name the digest of their block."""
-    named: np.ndarray = records["digest"] != _NO_DIGEST
-    return named
+    return named(records["digest"])
 
 
 def run_length(blocks: np.ndarray) -> int:
@@ -167,6 +171,30 @@ def cut_to_living(
     if len(records) and int(records["block"][-1]) >= run:
         records = records[records["block"] < run]
     return records, run, "" if run == asked else "owner_gone" if run < complete else "not_published"
+
+
+class Part:
+    """What a part of a look-up found: a run of blocks that living owners hold. Its arrays must not be written to.
+
+    Attributes:
+        records: of those blocks, the first being block 0 here.
+        blocks: how many blocks.
+    """
+
+    def __init__(self, records: BlockRecords, blocks: int) -> None:
+        records.flags.writeable = False
+        self.records, self.blocks = records, blocks
+
+    @cached_property
+    def announced(self) -> Announced | None:
+        """What was announced of all blocks, if one region of one owner has them and nobody else has any."""
+        alone = len(self.records) == self.blocks and _of_one_region(self.records)
+        return Announced.of(self.records) if alone else None
+
+    @cached_property
+    def source(self) -> tuple[int, int]:
+        """The owner and region of the first record."""
+        return int(self.records["owner"][0]), int(self.records["region"][0])
 
 
 def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,10 @@ class HostTransfer(CudaTransfer):
     def __init__(self, copy: Callable[[], np.ndarray]) -> None:
         self._copy: Callable[[], np.ndarray] | None = copy
         self.digests = NO_DIGESTS
+
+    @property
+    def ended(self) -> bool:
+        return True
 
     def wait(self) -> None:
         if self._copy is not None:
@@ -116,14 +120,16 @@ class HostCuda(CudaApi):
         source_pages: np.ndarray,
         target: CudaPagedMemory,
         target_pages: np.ndarray,
-        digest: np.ndarray | None = None,
+        digest: np.ndarray | Literal[True] | None = None,
     ) -> CudaTransfer:
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
 
         def work() -> np.ndarray:
             copy_pages(source, source_pages, target, target_pages)
-            return NO_DIGESTS if digest is None else self.digests(target, target_pages[digest])
+            if digest is None:
+                return NO_DIGESTS
+            return self.digests(target, target_pages if digest is True else target_pages[digest])
 
         return HostTransfer(work)
 

@@ -17,6 +17,7 @@ import numpy as np
 from kvmarket.errors import TransportUnavailableError
 
 if TYPE_CHECKING:
+    from kvmarket.announced import Announced
     from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 OnGroup = Callable[[np.ndarray], None]
 """Called from the reading thread with the indices (into the request) of pages that arrived and passed their checks."""
-OnDigests = Callable[[np.ndarray, np.ndarray], None]
+OnDigests = Callable[[np.ndarray | slice, np.ndarray], None]
+"""Called with indices and digests; the indices are a slice without a step only for a request that has `announced`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class ReadRequest:
         digest: (n,) bool: pages to digest in the course of the read, for a connection that `digests`; None: no page.
         on_digests: called from the reading thread with their indices (into the request), and (n,) V16 digests, once
             they have arrived and passed their checks.
+        announced: `pages` and `generations` once more, where the caller has them prepared; a `digest` that is its
+            `every` asks for all digests.
     """
 
     pages: np.ndarray
@@ -66,6 +70,7 @@ class ReadRequest:
     local_pages: np.ndarray
     digest: np.ndarray | None = None
     on_digests: OnDigests | None = None
+    announced: Announced | None = None
 
 
 class Stream(ABC):
@@ -79,6 +84,11 @@ class Stream(ABC):
             False when the read is over: a page was refused or the deadline passed. `finish` names the pages that were
             not read because of that.
         """
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """True when `finish` would not wait."""
 
     @abstractmethod
     def finish(self) -> TransferReport:
@@ -125,6 +135,11 @@ class Connection(ABC):
         """
         del local
         return None
+
+    def is_ready(self, local: PagedMemory) -> bool:
+        """Tell whether a read into `local` can start without anything that takes longer first."""
+        del local
+        return True
 
     def readers(self, local: PagedMemory) -> int:
         """Return how many threads should share a large read into `local`, in parts, to make it faster."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 from kvmarket.errors import TransportUnavailableError
 
@@ -79,9 +80,8 @@ class CudaDriver:
             mempool=bool(self._attribute(_MEMPOOL_HANDLE, pointer)),
         )
 
-    def launch(self, function: int, blocks: int, threads: int, stream: int, argument: int) -> None:
-        """Launch a kernel whose one argument, a structure, is at the address `argument`; it may change afterwards."""
-        arguments = (ctypes.c_void_p * 1)(argument)
+    def launch(self, function: int, blocks: int, threads: int, stream: int, arguments: ctypes.Array[Any]) -> None:
+        """Launch a kernel; what the addresses in `arguments` hold may change afterwards."""
         code = self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, None)
         if code != _SUCCESS:
             self._raise("cuLaunchKernel", code)

@@ -147,6 +147,10 @@ class _PeerMemory:
                 self._views[device] = self._map(device)
             return self._views[device]
 
+    def is_mapped(self, device: int) -> bool:
+        """Tell whether `pages` has been asked for that card."""
+        return device in self._views
+
     def _map(self, device: int) -> CudaPagedMemory:
         if not self._api.peer_access(device, self.device):
             raise self._refusal(f"cards {device} and {self.device} have no peer access to each other")
@@ -204,6 +208,11 @@ class CudaIpcConnection(Connection):
             report = stream.finish()
         return report
 
+    def is_ready(self, local: PagedMemory) -> bool:
+        """Whether the owner's memory is mapped for the card of `local`."""
+        peer = self._peer
+        return peer is None or (isinstance(local, CudaPagedMemory) and peer.is_mapped(local.device))
+
     def stream(self, local: PagedMemory) -> Stream | None:
         return self._stream(local)
 
@@ -212,7 +221,8 @@ class CudaIpcConnection(Connection):
     ) -> CudaStream:
         if not isinstance(local, CudaPagedMemory):
             raise TransportUnavailableError("the target must be CUDA memory", scheme=self.scheme)
-        return CudaStream(self.path, local, self._source(local.device), self._generations, on_group, group_bytes)
+        source = self._source(local.device)
+        return CudaStream(self.path, local, source, self._generations, on_group, group_bytes, self.tier)
 
     def _source(self, device: int) -> CudaPagedMemory:
         if self._pages is not None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
+import struct
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.digest import DIGEST_BYTES
+from kvmarket.announced import DIGEST_BYTES
 from kvmarket.errors import InvalidInputError, TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaTransfer
 from kvmarket.transport.cuda_kernels import FEW, SUM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from kvmarket.region.cuda import CudaPagedMemory
 
@@ -29,18 +30,24 @@ PINNED_BYTES_MAX = 256
 STUCK_S = 30.0
 """A copy that takes longer is taken for a card that hangs."""
 SCHEME = "cuda_ipc"
+_HEAD = struct.Struct("=5Q")
 
 
-@contextlib.contextmanager
-def current_device(runtime: Any, device: int) -> Iterator[None]:
+class current_device:  # noqa: N801 - a context manager, and not a generator because every launch enters it
     """Make `device` current for this thread: for the runtime, and thereby its context for the driver."""
-    before = runtime.getDevice()
-    runtime.setDevice(device)
-    try:
-        yield
-    finally:
-        if before != device:
-            runtime.setDevice(before)
+
+    __slots__ = ("_before", "_device", "_runtime")
+
+    def __init__(self, runtime: Any, device: int) -> None:
+        self._runtime, self._device = runtime, device
+
+    def __enter__(self) -> None:
+        self._before = self._runtime.getDevice()
+        self._runtime.setDevice(self._device)
+
+    def __exit__(self, *_error: object) -> None:
+        if self._before != self._device:
+            self._runtime.setDevice(self._before)
 
 
 class Lane:
@@ -95,6 +102,14 @@ class Lane:
     def _pinned(self, nbytes: int) -> np.ndarray:
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
+    @property
+    def ended(self) -> bool:
+        """True when everything on the stream up to the event is done, or has failed."""
+        try:
+            return bool(self.event.done)
+        except self._runtime.CUDARuntimeError:
+            return True
+
     def wait(self) -> None:
         """Return when everything on the stream up to the event is done; errors as `CudaTransfer.wait`."""
         began = time.monotonic()
@@ -115,21 +130,20 @@ class FewPages:
     """The argument of a launch that brings its page numbers along.
 
     Attributes:
-        address: where it is.
+        arguments: a C array of the one address where it is, as launches take it.
     """
 
     def __init__(self) -> None:
-        self._argument = np.zeros(1, FEW)
-        fields = self._argument[0]
-        self._source, self._target = fields["source"], fields["target"]
-        self._head = self._argument.view(np.uint8)[: FEW.fields["source"][1]].view(np.uint64)  # type: ignore[index]
-        self.address = int(self._argument.ctypes.data)
+        argument = np.zeros(1, FEW)
+        self._source, self._target = argument[0]["source"], argument[0]["target"]
+        self._head = argument.view(np.uint8).data
+        self.arguments = (ctypes.c_void_p * 1)(argument.ctypes.data)
 
     def fill(self, source_pages: np.ndarray, target_pages: np.ndarray, head: tuple[int, int, int, int]) -> None:
         """Set the page numbers, and what comes before them: the table, sums, digests, bytes of a page."""
         count = len(source_pages)
         self._source[:count], self._target[:count] = source_pages, target_pages
-        self._head[:] = (*head, count)
+        _HEAD.pack_into(self._head, 0, *head, count)
 
 
 class LaneTransfer(CudaTransfer):
@@ -145,6 +159,10 @@ class LaneTransfer(CudaTransfer):
         self._lane: Lane | None = lane
         self._idle, self._memories, self._finish = idle, memories, finish
         self.digests = NO_DIGESTS
+
+    @property
+    def ended(self) -> bool:
+        return self._lane is None or self._lane.ended
 
     def wait(self) -> None:
         if self._lane is not None:

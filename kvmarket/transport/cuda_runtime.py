@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -156,7 +156,7 @@ class CupyCuda(CudaApi):
         source_pages: np.ndarray,
         target: CudaPagedMemory,
         target_pages: np.ndarray,
-        digest: np.ndarray | None = None,
+        digest: np.ndarray | Literal[True] | None = None,
     ) -> CudaTransfer:
         return self.work.copy(source, source_pages, target, target_pages, digest)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,23 +27,22 @@ IN_FLIGHT = 2
 soon over."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Launch:
+class _Launch(NamedTuple):
     """A copy under way.
 
     Attributes:
         request: the pages it was asked for.
         first: index of the first of them in the whole read.
-        indices: (n,) those that are copied, in the request.
+        chosen: those that are copied: indices in the request, or a slice of it where all are known to be fresh.
+        pages: how many they are.
         transfer: the copy; None when there are none.
-        nbytes: how much it copies.
     """
 
     request: ReadRequest
     first: int
-    indices: np.ndarray
+    chosen: np.ndarray | slice
+    pages: int
     transfer: CudaTransfer | None
-    nbytes: int
 
 
 class CudaStream(Stream):
@@ -57,6 +55,7 @@ class CudaStream(Stream):
         generations: the owner's table.
         on_group: see `Connection.read`.
         group_bytes: what one launch takes at most.
+        tier: what holds the pages, for the report.
     """
 
     def __init__(  # noqa: PLR0917 - made in one place
@@ -67,8 +66,9 @@ class CudaStream(Stream):
         generations: np.ndarray,
         on_group: OnGroup | None = None,
         group_bytes: int = GROUP_BYTES_MAX,
+        tier: str = "engine",
     ) -> None:
-        self._path, self._local, self._source = path, local, source
+        self._tier, self._path, self._local, self._source = tier, path, local, source
         self._generations, self._on_group = generations, on_group
         self._page_bytes = local.layout.page_bytes
         self._under_way: deque[_Launch] = deque()
@@ -83,15 +83,20 @@ class CudaStream(Stream):
     def add(self, request: ReadRequest, deadline: Deadline) -> bool:
         total, first = len(request.pages), self._asked
         self._asked += total
-        fresh = readable(self._generations, request.pages, request.generations)
-        all_fresh = bool(fresh.all())
+        fresh = None
+        if request.announced is None or not request.announced.current(self._generations):
+            fresh = readable(self._generations, request.pages, request.generations)
+            if fresh.all():
+                fresh = None
         memory_fence()  # the bytes are read after the generations
         start = 0
         while start < total and not self._over(deadline):
             end = min(start + self._group, total)
-            part = slice(start, end)
-            indices = np.arange(start, end) if all_fresh else self._drop_stale(first, start, fresh[part])
-            self._launch(request, first, indices, part if all_fresh else indices)
+            if fresh is None:
+                self._launch(request, first, slice(start, end), end - start)
+            else:
+                indices = self._drop_stale(first, start, fresh[start:end])
+                self._launch(request, first, indices, len(indices))
             start = end
         if start < total:
             ended = self._refused[min(self._refused)] if self._refused else MissReason.DEADLINE
@@ -109,46 +114,71 @@ class CudaStream(Stream):
         self._refused.update(dict.fromkeys(stale.tolist(), MissReason.STALE_GENERATION))
         return start + np.flatnonzero(fresh)
 
-    def _launch(self, request: ReadRequest, first: int, indices: np.ndarray, chosen: slice | np.ndarray) -> None:
+    def _launch(self, request: ReadRequest, first: int, chosen: np.ndarray | slice, count: int) -> None:
         if not self._under_way:
             self._since = time.perf_counter()
         transfer = None
-        if len(indices):
-            digest = None if request.digest is None else request.digest[chosen]
-            pages, local_pages = request.pages[chosen], request.local_pages[chosen]
-            transfer = self._local.api.copy(self._source, pages, self._local, local_pages, digest)
-        nbytes = len(indices) * self._page_bytes
-        self._bytes += nbytes
-        self._under_way.append(_Launch(request, first, indices, transfer, nbytes))
+        if count:
+            digest: np.ndarray | Literal[True] | None = True
+            if request.announced is None or request.digest is not request.announced.every:
+                digest = None if request.digest is None else request.digest[chosen]
+            transfer = self._local.api.copy(
+                self._source, request.pages[chosen], self._local, request.local_pages[chosen], digest
+            )
+        self._bytes += count * self._page_bytes
+        self._under_way.append(_Launch(request, first, chosen, count, transfer))
 
     def _check_oldest(self) -> None:
         """Wait for the oldest launch, and look at the generations of its pages again."""
         launch = self._under_way[0]
-        request, indices, transfer = launch.request, launch.indices, launch.transfer
-        if transfer is not None:
-            transfer.wait()
+        if launch.transfer is not None:
+            launch.transfer.wait()
         self._under_way.popleft()
-        self._bytes -= launch.nbytes
+        self._bytes -= launch.pages * self._page_bytes
         now = time.perf_counter()
         self._copy_seconds, self._since = self._copy_seconds + now - self._since, now
-        if transfer is None:
+        if launch.transfer is None:
             return
         memory_fence()  # and the generations again after the bytes
+        if not self._all_as_announced(launch, launch.transfer.digests):
+            self._check_each(launch, launch.transfer.digests)
+
+    def _all_as_announced(self, launch: _Launch, digests: np.ndarray) -> bool:
+        """Check a launch whose pages are all as before, without looking at each; False: nothing was done."""
+        request, part, announced = launch.request, launch.chosen, launch.request.announced
+        if announced is None or self._on_group is not None or not isinstance(part, slice):
+            return False
+        if request.digest is not None and request.digest is not announced.every:
+            return False
+        if not announced.current(self._generations, part):
+            return False
+        if len(digests) and request.on_digests:
+            request.on_digests(part, digests)
+        self._valid += launch.pages
+        return True
+
+    def _check_each(self, launch: _Launch, digests: np.ndarray) -> None:
+        request, chosen = launch.request, launch.chosen
+        indices = np.arange(chosen.start, chosen.stop) if isinstance(chosen, slice) else chosen
         whole = self._generations[request.pages[indices]] == request.generations[indices]
         all_whole = bool(whole.all())
         arrived = indices if all_whole else indices[whole]
         if not all_whole:
             torn = launch.first + indices[~whole]
             self._refused.update(dict.fromkeys(torn.tolist(), MissReason.TORN))
-        if len(transfer.digests) and request.digest is not None and request.on_digests:
+        if len(digests) and request.digest is not None and request.on_digests:
             digested = request.digest[indices]
-            found, digests = indices[digested], transfer.digests
+            found = indices[digested]
             if not all_whole:
                 found, digests = found[whole[digested]], digests[whole[digested]]
             request.on_digests(found, digests)
         self._valid += len(arrived)
         if self._on_group is not None and len(arrived):
             self._on_group(launch.first + arrived)
+
+    @property
+    def ended(self) -> bool:
+        return all(launch.transfer is None or launch.transfer.ended for launch in self._under_way)
 
     def finish(self) -> TransferReport:
         try:
@@ -160,4 +190,6 @@ class CudaStream(Stream):
                 if launch.transfer is not None:
                     launch.transfer.wait()
         nbytes, seconds = self._valid * self._page_bytes, time.perf_counter() - self._began
-        return TransferReport("cuda_ipc", self._path, self._valid, nbytes, seconds, self._copy_seconds, self._refused)
+        return TransferReport(
+            "cuda_ipc", self._path, self._valid, nbytes, seconds, self._copy_seconds, self._refused, self._tier
+        )

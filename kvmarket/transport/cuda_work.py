@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -74,24 +74,24 @@ class CardWork:
         source_pages: np.ndarray,
         target: CudaPagedMemory,
         target_pages: np.ndarray,
-        digest: np.ndarray | None = None,
+        digest: np.ndarray | Literal[True] | None = None,
     ) -> CudaTransfer:
         """See `CudaApi.copy`."""
         source.layout.check_pages(source_pages)
         target.layout.check_pages(target_pages)
         device = target.device
-        if digest is not None and not digest.any():
-            digest = None
+        if digest is not None and digest is not True:
+            wanted = np.count_nonzero(digest)
+            digest = True if wanted == len(source_pages) else digest if wanted else None
         with current_device(self._runtime, device):
             lane = self._lane(device)
             try:
                 table = self._copy_table(source, target, lane)
-                few = bool(table.summing) and 0 < len(source_pages) <= FEW_PAGES
-                if few and (digest is None or bool(digest.all())):
-                    summing = digest is not None
+                if table.summing and 0 < len(source_pages) <= FEW_PAGES and (digest is None or digest is True):
+                    summing = digest is True
                     finish = self._launch_few(lane, table, source_pages, target, target_pages, summing=summing)
                 else:
-                    chosen = target_pages[:0] if digest is None else target_pages[digest]
+                    chosen = _digested(target_pages, digest)
                     finish = self._launch_copy(lane, table, _pairs(source_pages, target_pages), target, chosen)
             except (self._runtime.CUDARuntimeError, CudaDriverError) as error:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=SCHEME) from error
@@ -114,7 +114,7 @@ class CardWork:
         function = self._function(target.device, "copy_few_sum" if summing else "copy_few")
         if target.after is not None:
             self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
-        self._driver.launch(function, table.rows * count, BLOCK_THREADS, lane.stream.ptr, lane.few.address)
+        self._driver.launch(function, table.rows * count, BLOCK_THREADS, lane.stream.ptr, lane.few.arguments)
         self.launches += 1
         lane.event.record(lane.stream)
         return lane.digests[:count].copy if summing else None
@@ -205,12 +205,15 @@ class CardWork:
 
     def _copy_table(self, source: CudaPagedMemory, target: CudaPagedMemory, lane: Lane) -> _Table:
         """Return the copy table of two memories, on the card of `target`."""
+        key = (target.device, source.pointers, target.pointers)
+        known = self._known_table(key, source.layout, target.layout)
+        if known is not None:
+            return known
 
         def make() -> tuple[np.ndarray, str, str, int]:
             rows, wide = copy_table(source.layout, source.pointers, target.layout, target.pointers)
             return (rows, "copy_wide", "copy_wide_sum", BLOCK_THREADS) if wide else (rows, "copy_any", "", WARP)
 
-        key = (target.device, source.pointers, target.pointers)
         table = self._table(key, source.layout, target.layout, lane, make)
         assert table is not None  # noqa: S101 - every two layouts of one page size can be copied
         return table
@@ -224,6 +227,14 @@ class CardWork:
 
         return self._table((memory.device, memory.pointers), memory.layout, None, lane, make)
 
+    def _known_table(self, key: tuple[Any, ...], first: PageLayout, second: PageLayout | None) -> _Table | None:
+        with self._lock:
+            found = self._tables.get(key)
+            if found is None or found[0] != first or found[1] != second:
+                return None
+            self._tables.move_to_end(key)
+            return found[2]
+
     def _table(
         self,
         key: tuple[Any, ...],
@@ -232,11 +243,9 @@ class CardWork:
         lane: Lane,
         make: Callable[[], tuple[np.ndarray, str, str, int] | None],
     ) -> _Table | None:
-        with self._lock:
-            found = self._tables.get(key)
-            if found is not None and found[0] == first and found[1] == second:
-                self._tables.move_to_end(key)
-                return found[2]
+        known = self._known_table(key, first, second)
+        if known is not None:
+            return known
         made = make()
         if made is None:
             return None
@@ -307,3 +316,8 @@ def _pairs(source_pages: np.ndarray, target_pages: np.ndarray) -> np.ndarray:
     pairs = np.empty((len(source_pages), 2), np.uint64)
     pairs[:, 0], pairs[:, 1] = source_pages, target_pages
     return pairs
+
+
+def _digested(pages: np.ndarray, digest: np.ndarray | Literal[True] | None) -> np.ndarray:
+    """Return those of `pages` that `CudaApi.copy` is to digest."""
+    return pages if digest is True else pages[:0] if digest is None else pages[digest]

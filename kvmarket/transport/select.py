@@ -64,6 +64,10 @@ class TransportSelector:
             made.close()
         return kept
 
+    def is_connected(self, owner: OwnerInfo, region_id: int) -> bool:
+        """Tell whether `connection` would return one that is there already."""
+        return (owner.incarnation, region_id) in self._connections
+
     def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None) -> Connection:
         reasons: list[str] = []
         for transport in self._transports:

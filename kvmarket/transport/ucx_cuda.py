@@ -188,7 +188,7 @@ class CudaUcxConnection(Connection):
             reading.drain()
         nbytes, seconds = reading.valid * local.layout.page_bytes, time.perf_counter() - began
         return TransferReport(
-            self.scheme, self.path, reading.valid, nbytes, seconds, reading.copy_seconds, reading.refused
+            self.scheme, self.path, reading.valid, nbytes, seconds, reading.copy_seconds, reading.refused, self.tier
         )
 
     def close(self) -> None:

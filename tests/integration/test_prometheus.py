@@ -229,5 +229,5 @@ async def test_where_nobody_exports_nothing_is_timed_and_little_is_counted(peers
         finally:
             sys.setprofile(None)
         assert found.report.blocks_adopted == BLOCKS
-        assert calls == {"add": 3, "add_read": 1, "_known": 3}
+        assert calls == {"add": 3, "add_read": 1}
         assert market.core.metrics.histograms() == {}

@@ -1,0 +1,187 @@
+"""What asyncio does of a fetch to a card itself, and what it leaves to a thread; host memory is the card's."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from cuda_jobs import KEYS, PAGES, pages_on, publish, same_bytes, scribble
+
+from kvmarket import card_fetch
+from kvmarket.calls import Calls
+from kvmarket.card_fetch import CardFetches
+from kvmarket.deadline import Deadline
+from kvmarket.errors import DeadlineExceededError, InvalidInputError
+from kvmarket.fetch import Fetcher
+from kvmarket.report import MissReason
+from kvmarket.testing.host_cuda import HostTransfer
+
+
+@pytest.fixture
+def completed_on(monkeypatch):
+    """The threads that completed fetches."""
+    threads = []
+    for name in ("complete", "fetch"):
+        original = getattr(Fetcher, name)
+
+        def noted(*args, original=original):
+            threads.append(threading.current_thread())
+            return original(*args)
+
+        monkeypatch.setattr(Fetcher, name, noted)
+    return threads
+
+
+@pytest.fixture
+def fetches(open_core):
+    core = open_core()
+    calls = Calls(1, core.require_open)
+    yield CardFetches(core, calls)
+    calls.shut_down()
+
+
+@pytest.fixture
+def owner(peers, runtime_dir):
+    owner = peers.spawn()
+    owner.call(publish, str(runtime_dir))
+    return owner
+
+
+@pytest.fixture
+def busy_card(monkeypatch):
+    """A card that ends copies only after a while."""
+    ends = time.monotonic() + 0.3
+    original = HostTransfer.wait
+
+    def wait(transfer):
+        time.sleep(max(0.0, ends - time.monotonic()))
+        original(transfer)
+
+    monkeypatch.setattr(HostTransfer, "ended", property(lambda _: time.monotonic() >= ends))
+    monkeypatch.setattr(HostTransfer, "wait", wait)
+
+
+async def fetch(fetches, local, deadline=None):
+    return await fetches.fetch(iter([KEYS]), PAGES, local, deadline or Deadline(10))
+
+
+async def test_only_over_a_connection_that_is_open_is_it_done_on_the_loop(fetches, owner, api, completed_on):
+    here = threading.current_thread()
+    for on_the_loop in (False, True, True):
+        local = pages_on(api, 2)
+        outcome = (await fetch(fetches, local)).outcome
+        assert (outcome.blocks, outcome.blocks_verified, outcome.reason) == (PAGES, PAGES, MissReason.NONE)
+        assert same_pages(local, api)
+        assert (completed_on.pop() is here) == on_the_loop
+
+
+def same_pages(local, api):
+    """Tell whether block i is in page i; `publish` has it in the i-th page from the end."""
+    return same_bytes(local, pages_on(api, 1), PAGES)
+
+
+async def test_of_more_than_a_few_blocks_the_first_are_launched_on_the_loop_and_the_rest_on_a_thread(
+    monkeypatch, open_core, owner, api, completed_on
+):
+    monkeypatch.setattr(card_fetch, "INLINE_BLOCKS_MAX", PAGES - 1)
+    core, launched = open_core(), []
+    original = type(api).copy
+
+    def copy(self, source, pages, *args):
+        launched.append((len(pages), threading.current_thread() is here))
+        return original(self, source, pages, *args)
+
+    monkeypatch.setattr(type(api), "copy", copy)
+    calls, here = Calls(1, core.require_open), threading.current_thread()
+    for expected in ([(PAGES, False)], [(8, True), (PAGES - 8, False)], [(8, True), (PAGES - 8, False)]):
+        local = pages_on(api, 2)
+        groups = iter([KEYS[:8], KEYS[8:]])
+        outcome = (await CardFetches(core, calls).fetch(groups, PAGES, local, Deadline(10))).outcome
+        assert (outcome.blocks, outcome.blocks_verified, outcome.reason) == (PAGES, PAGES, MissReason.NONE)
+        assert same_pages(local, api)
+        assert launched == expected
+        assert completed_on.pop() is not here
+        launched.clear()
+    calls.shut_down()
+
+
+async def test_where_all_threads_are_busy_nothing_is_begun(fetches, owner, api):
+    await fetch(fetches, pages_on(api, 2))
+    busy = asyncio.create_task(fetches._calls.read(lambda: time.sleep(0.2), Deadline(10)))
+    await asyncio.sleep(0)
+    with pytest.raises(DeadlineExceededError):
+        await fetch(fetches, pages_on(api, 2), Deadline(0.05))
+    await busy
+    assert (await fetch(fetches, pages_on(api, 2))).outcome.blocks == PAGES
+
+
+async def test_a_look_up_that_fails_on_a_thread_leaves_no_copy_and_no_transaction(fetches, owner, api, monkeypatch):
+    await fetch(fetches, pages_on(api, 2))
+
+    def groups():
+        yield KEYS[:8]
+        raise InvalidInputError("bad keys")
+
+    monkeypatch.setattr(fetches, "_inline_blocks", 0)
+    local = pages_on(api, 2)
+    with pytest.raises(InvalidInputError, match="bad keys"):
+        await fetches.fetch(groups(), PAGES, local, Deadline(10))
+    assert fetches._core.registry._file._active == 0
+    assert (await fetch(fetches, local)).outcome.blocks == PAGES
+
+
+async def test_a_wrong_block_is_refused_on_the_loop_and_the_rest_is_sought_on_a_thread(
+    fetches, owner, api, completed_on
+):
+    await fetch(fetches, pages_on(api, 2))
+    owner.call(scribble, PAGES - 1 - 9)
+    fetched = await fetch(fetches, pages_on(api, 2))
+    assert (fetched.outcome.blocks, fetched.outcome.reason) == (9, MissReason.DIGEST_MISMATCH)
+    assert completed_on.pop() is not threading.current_thread()
+
+
+async def test_an_owner_that_dies_behind_the_copy_is_noticed_on_the_loop(fetches, owner, api, monkeypatch):
+    await fetch(fetches, pages_on(api, 2))
+    original = HostTransfer.wait
+    monkeypatch.setattr(HostTransfer, "wait", lambda transfer: (original(transfer), owner.kill())[0])
+    outcome = (await fetch(fetches, pages_on(api, 2))).outcome
+    assert (outcome.blocks, outcome.reason) == (0, MissReason.OWNER_GONE)
+
+
+async def test_a_busy_card_keeps_no_event_loop(fetches, owner, api, completed_on, request):
+    await fetch(fetches, pages_on(api, 2))
+    request.getfixturevalue("busy_card")
+    local, began = pages_on(api, 2), time.monotonic()
+    running = asyncio.create_task(fetch(fetches, local))
+    ticks = 0
+    while not running.done():
+        await asyncio.sleep(0.005)
+        ticks += 1
+    assert ticks > 5
+    assert time.monotonic() - began > 0.1
+    assert (await running).outcome.blocks == PAGES
+    assert completed_on[-1] is not threading.current_thread()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+async def test_whoever_gives_up_waits_until_the_card_has_written(fetches, owner, api, request, how):
+    await fetch(fetches, pages_on(api, 2))
+    local = pages_on(api, 2)
+    request.getfixturevalue("busy_card")
+    calls = fetches._calls
+    occupied = asyncio.create_task(calls.run(calls.readers, lambda: time.sleep(0.4), Deadline(10)))
+    await asyncio.sleep(0)
+    running = asyncio.create_task(fetch(fetches, local, Deadline(0.05 if how == "late" else 10)))
+    await asyncio.sleep(0.02)
+    if how == "cancelled":
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    else:
+        assert (await running).outcome.blocks in {0, PAGES}
+    for memory in local.memories:
+        memory[:] = 0xEE
+    await occupied
+    await asyncio.sleep(0.1)
+    assert all(np.all(memory == 0xEE) for memory in local.memories), "the card wrote afterwards"
