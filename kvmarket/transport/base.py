@@ -117,6 +117,16 @@ class Connection(ABC):
             PeerGoneError, TransferError: the connection is of no more use.
         """
 
+    def prepare(self, local: PagedMemory | None = None) -> None:
+        """Do at once what the first read into `local` would do: map the owner's memory for its card, and prove that.
+
+        None stands for memory like the owner's. Who only asks what is `fresh` need not have it done.
+
+        Raises:
+            TransportUnavailableError, PeerGoneError: as `Transport.connect`.
+        """
+        del local
+
     def stream(self, local: PagedMemory) -> Stream | None:
         """Return a read into `local` whose pages come in parts, or None where there is nothing to gain by it.
 

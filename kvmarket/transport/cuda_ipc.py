@@ -67,6 +67,9 @@ class PeerAllocations:
 class CudaIpcTransport(Transport):
     """One-sided reads of CUDA memory, by kernels of the reader's card.
 
+    Connecting looks at host memory only. The owner's allocations are mapped, and its probe is read, for each card that
+    reads when it first does (`Connection.prepare`): a process that only asks what is fresh gets no CUDA context.
+
     Args:
         boot_id: identity of the kernel that this process runs on, to tell which owners are within reach.
         pid_namespace: this process's, for the same.
@@ -102,7 +105,6 @@ class CudaIpcTransport(Transport):
             descriptor.generations, owner.incarnation, descriptor.layout.num_pages, descriptor.probe
         )
         peer = _PeerMemory(self._opened(owner), owner, descriptor)
-        peer.pages(peer.device)  # maps and proves it
         return CudaIpcConnection("kernel(cuda_ipc)", generations.values, descriptor.digest, None, peer)
 
     def _opened(self, owner: OwnerInfo) -> PeerAllocations:
@@ -203,6 +205,12 @@ class CudaIpcConnection(Connection):
         finally:
             report = stream.finish()
         return report
+
+    def prepare(self, local: PagedMemory | None = None) -> None:
+        if isinstance(local, CudaPagedMemory):
+            self._source(local.device)
+        elif local is None and self._peer is not None:
+            self._peer.pages(self._peer.device)
 
     def stream(self, local: PagedMemory) -> Stream | None:
         return self._stream(local)

@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 
 HOST_BOUNCE = "host_bounce"
 NO_HOST_BOUNCE = "no_host_bounce"
-DIRECT_BYTES, DIRECT_WINDOW = 32 << 20, 3
-"""Pages in one message, and messages in flight, where lanes reach GPU memory."""
+DIRECT_BYTES, DIRECT_WINDOW = 64 << 20, 3
+"""Of pages in one message, and messages in flight, where lanes reach GPU memory. What a message costs hardly depends on
+its size there: two processes of one card take turns on it, and a turn takes longer than what is done in it."""
 BOUNCED_BYTES, BOUNCED_WINDOW = 8 << 20, 2
 """The same by way of the host: a message takes its time there, and a read that is over waits for those in flight."""
 READ_GROUPS, GROUP_BYTES_MIN = 8, 4 << 20
 """A read goes in about so many messages, of at least so many bytes, so that its steps overlap."""
-READING_BYTES_MAX = STAGING_BYTES_MAX // 2
+READING_BYTES_MAX = STAGING_BYTES_MAX * 3 // 4
 """Of the staging buffers, for all reads together: what this process sends needs some, too."""
 LANES_S = 1.0
 PEERMEM = Path("/sys/module/nvidia_peermem")
