@@ -101,9 +101,7 @@ class CudaIpcTransport(Transport):
             self._refuse(owner, "the owner runs in another PID namespace; let both containers share one (--pid)")
         if not descriptor.cuda:
             self._refuse(owner, "the owner's memory is private: it was lent without an export of CUDA memory")
-        generations = PeerGenerations(
-            descriptor.generations, owner.incarnation, descriptor.layout.num_pages, descriptor.probe
-        )
+        generations = _generations(owner, descriptor)
         peer = _PeerMemory(self._opened(owner), owner, descriptor)
         return CudaIpcConnection("kernel(cuda_ipc)", generations.values, descriptor.digest, None, peer)
 
@@ -121,6 +119,11 @@ class CudaIpcTransport(Transport):
 
     def close(self) -> None:
         """Mappings go with their connections."""
+
+
+def _generations(owner: OwnerInfo, descriptor: RegionDescriptor) -> PeerGenerations:
+    """Map a region's table and prove it. Errors as `PeerGenerations`."""
+    return PeerGenerations(descriptor.generations, owner.incarnation, descriptor.layout.num_pages, descriptor.probe)
 
 
 class _PeerMemory:
@@ -152,7 +155,11 @@ class _PeerMemory:
     def _map(self, device: int) -> CudaPagedMemory:
         if not self._api.peer_access(device, self.device):
             raise self._refusal(f"cards {device} and {self.device} have no peer access to each other")
-        probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
+        try:
+            probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
+        except TransportUnavailableError:
+            _generations(self._owner, self._descriptor)  # who died since the connection was made is gone, and no more
+            raise
         if self._api.download(probe) != self._descriptor.probe:
             raise PeerGoneError("the probe read other bytes than the owner announced", scheme="cuda_ipc")
         return CudaPagedMemory(self._descriptor.layout, tuple(memories), self._api)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 HOST_BOUNCE = "host_bounce"
 NO_HOST_BOUNCE = "no_host_bounce"
-DIRECT_BYTES, DIRECT_WINDOW = 64 << 20, 3
+DIRECT_BYTES, DIRECT_WINDOW = 64 << 20, 4
 """Of pages in one message, and messages in flight, where lanes reach GPU memory. What a message costs hardly depends on
 its size there: two processes of one card take turns on it, and a turn takes longer than what is done in it."""
 BOUNCED_BYTES, BOUNCED_WINDOW = 8 << 20, 2

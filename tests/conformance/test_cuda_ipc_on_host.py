@@ -79,6 +79,22 @@ class TestBetweenProcesses(CudaConformance):
         assert set(used) == {"peer_access", "open", "download"}
         connection.close()
 
+    def test_memory_that_cannot_be_mapped_is_out_of_reach_and_that_of_the_dead_is_gone(
+        self, card, transport, owner, monkeypatch
+    ):
+        def invalid(*_):
+            raise TransportUnavailableError("the owner's allocation cannot be mapped", scheme="cuda_ipc")
+
+        monkeypatch.setattr(card.api, "open", invalid)
+        lent = owner.lend(PageLayout.packed(1, 64), [64], [b"a" * 64])
+        connection = transport.connect(lent.owner, lent.descriptor)
+        with pytest.raises(TransportUnavailableError, match="cannot be mapped"):
+            connection.prepare()
+        owner.peer.kill()
+        with pytest.raises(PeerGoneError):
+            connection.prepare()
+        connection.close()
+
     def test_host_targets_are_refused(self, transport, owner):
         lent = owner.lend(PageLayout.packed(1, 64), [64], [b"a" * 64])
         connection = transport.connect(lent.owner, lent.descriptor)
