@@ -41,11 +41,14 @@ class TransportSelector:
         describe: Callable[[], RegionDescriptor],
         deadline: Deadline | None = None,
         local: PagedMemory | None = None,
+        *,
+        prove: bool = False,
     ) -> Connection:
         """Return a connection to a region; `describe` is called only when there is none yet.
 
         With `local` it is one that reads into that memory: for a card, the first that reaches the owner's from there.
-        An owner that must be waited for is waited for until `deadline`.
+        An owner that must be waited for is waited for until `deadline`. With `prove` a new one is proven, for memory
+        like the owner's.
 
         Raises:
             TransportUnavailableError: no transport reaches it; the message has each one's reason.
@@ -58,7 +61,7 @@ class TransportSelector:
                 self._connections.move_to_end(key)
                 return self._connections[key]
         descriptor = describe()
-        made = self._connect(owner, descriptor, deadline, local if card >= 0 else None)
+        made = self._connect(owner, descriptor, deadline, local, prepare=prove or card >= 0)
         made.tier = descriptor.tier
         with self._lock:
             kept = self._connections.setdefault(key, made)
@@ -70,13 +73,19 @@ class TransportSelector:
         return kept
 
     def _connect(
-        self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None, local: PagedMemory | None
+        self,
+        owner: OwnerInfo,
+        descriptor: RegionDescriptor,
+        deadline: Deadline | None,
+        local: PagedMemory | None,
+        *,
+        prepare: bool,
     ) -> Connection:
         reasons: list[str] = []
         for transport in self._transports:
             try:
                 connection = transport.connect(owner, descriptor, deadline)
-                if local is not None:
+                if prepare:
                     connection.prepare(local)
                 return connection
             except TransportUnavailableError as error:

@@ -70,6 +70,7 @@ def test_for_memory_of_a_card_the_first_that_reads_into_it_is_taken():
     assert [reached for _, reached, _ in selector.explain(owner(), describe())] == [False, True]
     selector.forget(owner())
     assert selector.connection(owner(), 0, describe, local=local) is not reading
+    assert selector.connection(owner(), 0, describe, prove=True) is network.made[-1]
     api.close()
 
 
