@@ -1,6 +1,7 @@
 """Pages "on a card", with host memory in its place, over UCX: packed, sent, spread; the suite of transports."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -168,3 +169,18 @@ def test_a_group_that_cannot_be_spread_ends_the_read_and_leaves_nothing_taken(ow
     assert len(launched) < 16
     lost = step == "wait"  # the card may still read that buffer
     assert in_use(reader) == (0, int(lost))
+
+
+def test_who_waits_for_a_silent_peer_sleeps(owner, reader):
+    lent, generations = lent_pages(owner, 4)
+    assert read_all(reader, lent, generations)[0].pages == 4
+    driver = reader.driver
+
+    def owe():
+        driver.reads += 1  # as while a reader's pages are being packed
+
+    driver.call(owe, 5)
+    time.sleep(0.05)
+    began = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - began < 0.1
