@@ -43,7 +43,7 @@ HOST_BOUNCE = "host_bounce"
 NO_HOST_BOUNCE = "no_host_bounce"
 DIRECT_BYTES, DIRECT_WINDOW = 64 << 20, 4
 """Of pages in one message, and messages in flight, where lanes reach GPU memory. What a message costs hardly depends on
-its size there: two processes of one card take turns on it, and a turn takes longer than what is done in it."""
+its size on a card that two processes share: see docs/GPU.md."""
 BOUNCED_BYTES, BOUNCED_WINDOW = 8 << 20, 2
 """The same by way of the host: a message takes its time there, and a read that is over waits for those in flight."""
 READ_GROUPS, GROUP_BYTES_MIN = 8, 4 << 20
