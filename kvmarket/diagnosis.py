@@ -106,7 +106,7 @@ def view_owners(registry: Registry, config: MarketConfig, *, explain: bool = Fal
                 descriptor = RegionDescriptor.from_wire(wire)
                 if explain and not paths:
                     paths = tuple(selector.explain(owner, descriptor))
-                connection = selector.connection(owner, region_id, partial(_given, descriptor))
+                connection = selector.connection(owner, region_id, partial(_given, descriptor), prove=True)
                 pages = f"{descriptor.layout.num_pages} pages of {descriptor.layout.page_bytes} bytes"
                 verdicts.append(f"region {region_id} ({pages}) by {connection.scheme}, {connection.path}")
             except KVMarketError as error:

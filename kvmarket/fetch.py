@@ -265,7 +265,7 @@ class Fetcher:
         """Return a connection that reads a region of `owner` into `local`, or None; `outcome` then says why."""
         began = time.perf_counter()
         try:
-            connection = self._connect(owner, region, deadline)
+            connection = self._connect(owner, region, deadline, local)
         except TransportError as error:
             gone = isinstance(error, PeerGoneError)
             outcome.reason = MissReason.OWNER_GONE if gone else MissReason.UNREACHABLE
@@ -329,7 +329,9 @@ class Fetcher:
         stale = [at for at, reason in report.refused.items() if reason is MissReason.STALE_GENERATION]
         self._stale.met(keys, run[stale])
 
-    def _connect(self, owner: OwnerInfo, region_id: int, deadline: Deadline | None = None) -> Connection:
+    def _connect(
+        self, owner: OwnerInfo, region_id: int, deadline: Deadline | None = None, local: PagedMemory | None = None
+    ) -> Connection:
         def describe() -> RegionDescriptor:
             try:
                 self._transports.forget_dead(self._registry.alive)
@@ -352,7 +354,7 @@ class Fetcher:
                 )
             return descriptor
 
-        return self._transports.connection(owner, region_id, describe, deadline)
+        return self._transports.connection(owner, region_id, describe, deadline, local)
 
     def _check_still_true(self, found: LookupResult, used: dict[int, OwnerInfo], outcome: Outcome) -> None:
         """After the last copy: the namespace's epoch must not have moved and every source must still be alive.

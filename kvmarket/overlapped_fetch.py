@@ -171,12 +171,10 @@ class OverlappedFetch:
                 return False
             number, region = int(run["owner"][0]), int(run["region"][0])
         owner = lookup.owners[number]
-        if not may_connect and not self._fetcher.is_connected(owner, region):
+        if not may_connect and not self._fetcher.is_connected(owner, region, self.local):
             return False
         connection = self._fetcher.open(region, owner, self.local, Outcome(), self.deadline)
         if connection is None or not connection.digests:
-            return False
-        if not may_connect and not connection.is_ready(self.local):
             return False
         try:
             self._stream = connection.stream(self.local)

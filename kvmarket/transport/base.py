@@ -127,6 +127,16 @@ class Connection(ABC):
             PeerGoneError, TransferError: the connection is of no more use.
         """
 
+    def prepare(self, local: PagedMemory | None = None) -> None:
+        """Do at once what the first read into `local` would do: map the owner's memory for its card, and prove that.
+
+        None stands for memory like the owner's. Who only asks what is `fresh` need not have it done.
+
+        Raises:
+            TransportUnavailableError, PeerGoneError: as `Transport.connect`.
+        """
+        del local
+
     def stream(self, local: PagedMemory) -> Stream | None:
         """Return a read into `local` whose pages come in parts, or None where there is nothing to gain by it.
 
@@ -135,11 +145,6 @@ class Connection(ABC):
         """
         del local
         return None
-
-    def is_ready(self, local: PagedMemory) -> bool:
-        """Tell whether a read into `local` can start without anything that takes longer first."""
-        del local
-        return True
 
     def readers(self, local: PagedMemory) -> int:
         """Return how many threads should share a large read into `local`, in parts, to make it faster."""

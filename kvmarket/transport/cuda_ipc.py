@@ -67,6 +67,9 @@ class PeerAllocations:
 class CudaIpcTransport(Transport):
     """One-sided reads of CUDA memory, by kernels of the reader's card.
 
+    Connecting looks at host memory only. The owner's allocations are mapped, and its probe is read, for each card that
+    reads when it first does (`Connection.prepare`): a process that only asks what is fresh gets no CUDA context.
+
     Args:
         boot_id: identity of the kernel that this process runs on, to tell which owners are within reach.
         pid_namespace: this process's, for the same.
@@ -98,11 +101,8 @@ class CudaIpcTransport(Transport):
             self._refuse(owner, "the owner runs in another PID namespace; let both containers share one (--pid)")
         if not descriptor.cuda:
             self._refuse(owner, "the owner's memory is private: it was lent without an export of CUDA memory")
-        generations = PeerGenerations(
-            descriptor.generations, owner.incarnation, descriptor.layout.num_pages, descriptor.probe
-        )
+        generations = _generations(owner, descriptor)
         peer = _PeerMemory(self._opened(owner), owner, descriptor)
-        peer.pages(peer.device)  # maps and proves it
         return CudaIpcConnection("kernel(cuda_ipc)", generations.values, descriptor.digest, None, peer)
 
     def _opened(self, owner: OwnerInfo) -> PeerAllocations:
@@ -119,6 +119,11 @@ class CudaIpcTransport(Transport):
 
     def close(self) -> None:
         """Mappings go with their connections."""
+
+
+def _generations(owner: OwnerInfo, descriptor: RegionDescriptor) -> PeerGenerations:
+    """Map a region's table and prove it. Errors as `PeerGenerations`."""
+    return PeerGenerations(descriptor.generations, owner.incarnation, descriptor.layout.num_pages, descriptor.probe)
 
 
 class _PeerMemory:
@@ -147,14 +152,14 @@ class _PeerMemory:
                 self._views[device] = self._map(device)
             return self._views[device]
 
-    def is_mapped(self, device: int) -> bool:
-        """Tell whether `pages` has been asked for that card."""
-        return device in self._views
-
     def _map(self, device: int) -> CudaPagedMemory:
         if not self._api.peer_access(device, self.device):
             raise self._refusal(f"cards {device} and {self.device} have no peer access to each other")
-        probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
+        try:
+            probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
+        except TransportUnavailableError:
+            _generations(self._owner, self._descriptor)  # who died since the connection was made is gone, and no more
+            raise
         if self._api.download(probe) != self._descriptor.probe:
             raise PeerGoneError("the probe read other bytes than the owner announced", scheme="cuda_ipc")
         return CudaPagedMemory(self._descriptor.layout, tuple(memories), self._api)
@@ -208,10 +213,11 @@ class CudaIpcConnection(Connection):
             report = stream.finish()
         return report
 
-    def is_ready(self, local: PagedMemory) -> bool:
-        """Whether the owner's memory is mapped for the card of `local`."""
-        peer = self._peer
-        return peer is None or (isinstance(local, CudaPagedMemory) and peer.is_mapped(local.device))
+    def prepare(self, local: PagedMemory | None = None) -> None:
+        if isinstance(local, CudaPagedMemory):
+            self._source(local.device)
+        elif local is None and self._peer is not None:
+            self._peer.pages(self._peer.device)
 
     def stream(self, local: PagedMemory) -> Stream | None:
         return self._stream(local)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from kvmarket.errors import TransportError, TransportUnavailableError
+from kvmarket.region.cuda import CudaPagedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kvmarket.deadline import Deadline
     from kvmarket.identity import OwnerInfo
     from kvmarket.region.descriptor import RegionDescriptor
+    from kvmarket.region.pages import PagedMemory
     from kvmarket.transport.base import Connection, Transport
 
 CONNECTIONS_MAX = 256
@@ -29,7 +31,7 @@ class TransportSelector:
     def __init__(self, transports: Sequence[Transport]) -> None:
         self._transports = tuple(transports)
         self._lock = threading.Lock()
-        self._connections: OrderedDict[tuple[bytes, int], Connection] = OrderedDict()
+        self._connections: OrderedDict[tuple[bytes, int, int], Connection] = OrderedDict()
         self._owners: dict[bytes, int] = {}
 
     def connection(
@@ -38,22 +40,27 @@ class TransportSelector:
         region_id: int,
         describe: Callable[[], RegionDescriptor],
         deadline: Deadline | None = None,
+        local: PagedMemory | None = None,
+        *,
+        prove: bool = False,
     ) -> Connection:
         """Return a connection to a region; `describe` is called only when there is none yet.
 
-        An owner that must be waited for is waited for until `deadline`.
+        With `local` it is one that reads into that memory: for a card, the first that reaches the owner's from there.
+        An owner that must be waited for is waited for until `deadline`. With `prove` a new one is proven, for memory
+        like the owner's.
 
         Raises:
             TransportUnavailableError: no transport reaches it; the message has each one's reason.
             PeerGoneError: the owner is gone.
         """
-        key = (owner.incarnation, region_id)
+        key = _key(owner, region_id, local)
         with self._lock:
             if key in self._connections:
                 self._connections.move_to_end(key)
                 return self._connections[key]
         descriptor = describe()
-        made = self._connect(owner, descriptor, deadline)
+        made = self._connect(owner, descriptor, deadline, local, prepare=prove or isinstance(local, CudaPagedMemory))
         made.tier = descriptor.tier
         with self._lock:
             kept = self._connections.setdefault(key, made)
@@ -64,15 +71,26 @@ class TransportSelector:
             made.close()
         return kept
 
-    def is_connected(self, owner: OwnerInfo, region_id: int) -> bool:
-        """Tell whether `connection` would return one that is there already."""
-        return (owner.incarnation, region_id) in self._connections
+    def is_connected(self, owner: OwnerInfo, region_id: int, local: PagedMemory) -> bool:
+        """Tell whether `connection` would return one that is there already, and ready to read into `local`."""
+        return _key(owner, region_id, local) in self._connections
 
-    def _connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None) -> Connection:
+    def _connect(
+        self,
+        owner: OwnerInfo,
+        descriptor: RegionDescriptor,
+        deadline: Deadline | None,
+        local: PagedMemory | None,
+        *,
+        prepare: bool,
+    ) -> Connection:
         reasons: list[str] = []
         for transport in self._transports:
             try:
-                return transport.connect(owner, descriptor, deadline)
+                connection = transport.connect(owner, descriptor, deadline)
+                if prepare:
+                    connection.prepare(local)
+                return connection
             except TransportUnavailableError as error:
                 reasons.append(f"{transport.scheme}: {error}")
         raise TransportUnavailableError("; ".join(reasons), scheme="+".join(self.schemes), peer=str(owner))
@@ -86,6 +104,7 @@ class TransportSelector:
         for transport in self._transports:
             try:
                 connection = transport.connect(owner, descriptor)
+                connection.prepare()
             except TransportError as error:
                 found.append((transport.scheme, False, str(error)))
             else:
@@ -109,7 +128,7 @@ class TransportSelector:
             return True
         with self._lock:
             waits: dict[bytes, bool] = {}
-            for (incarnation, _), connection in self._connections.items():
+            for (incarnation, *_), connection in self._connections.items():
                 waits[incarnation] = waits.get(incarnation, False) or not connection.immediate
         return not any(waits.get(owner.incarnation, True) for owner in owners)
 
@@ -122,7 +141,7 @@ class TransportSelector:
     def forget_dead(self, alive: Callable[[int], bool]) -> None:
         """Drop the connections to owners of which `alive` says no: their memory lasts as long as somebody maps it."""
         with self._lock:
-            known = {incarnation for incarnation, _ in self._connections}
+            known = {incarnation for incarnation, *_ in self._connections}
             self._owners = {incarnation: owner for incarnation, owner in self._owners.items() if incarnation in known}
             dead = {incarnation for incarnation, owner in self._owners.items() if not alive(owner)}
             for key in [key for key in self._connections if key[0] in dead]:
@@ -137,3 +156,8 @@ class TransportSelector:
             connection.close()
         for transport in self._transports:
             transport.close()
+
+
+def _key(owner: OwnerInfo, region_id: int, local: PagedMemory | None) -> tuple[bytes, int, int]:
+    """Connections are told apart by region and by the card they read into; -1 stands for the host, or for no memory."""
+    return owner.incarnation, region_id, local.device if isinstance(local, CudaPagedMemory) else -1

@@ -28,7 +28,7 @@ from kvmarket.transport.ucx_iov import local_iov
 from kvmarket.transport.ucx_listen import uses_ipv6
 from kvmarket.transport.ucx_peer import CONNECT_S, GroupResult, Peer, Transfer
 from kvmarket.transport.ucx_proof import ProofKey
-from kvmarket.transport.ucx_read import GroupedRead
+from kvmarket.transport.ucx_read import Group, GroupedRead
 from kvmarket.transport.ucx_rma import OneSidedRead, RemoteGroup, RemoteRegion
 from kvmarket.transport.ucx_server import UcxServer
 from kvmarket.transport.ucx_settings import lanes_text, reads_one_sided, ucx_settings
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvmarket.region.pages import PagedMemory
     from kvmarket.region.region import LentRegion
     from kvmarket.secret import Secret
+    from kvmarket.transport.ucx_read import Start
     from kvmarket.transport.ucx_wire import Region
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class UcxTransport(ServingTransport):
         self.connect_s = connect_s
         self._key = ProofKey(secret)
         self._peers = PeerTable(lambda: self.driver, require, connect_s, self._key)
-        self._budget = ByteBudget(ALL_BYTES_MAX)
+        self._peer_bytes_max, all_bytes_max = self.limits()
+        self._budget = ByteBudget(all_bytes_max)
         self._budgets: dict[bytes, ByteBudget] = {}
         self._stage = stage
         self.staging = StagingBuffers(lambda: int(self.driver.context.handle))
@@ -124,6 +126,10 @@ class UcxTransport(ServingTransport):
                 self.settings = self._driver.settings
                 logger.debug("kvmarket: UCX %s with settings made here: %s", ucx_version(), self.settings)
             return self._driver
+
+    def limits(self) -> tuple[int, int]:
+        """Return how many bytes reads may have in flight from one owner, and from all."""
+        return PEER_BYTES_MAX, ALL_BYTES_MAX
 
     def make_driver(self) -> UcxDriver:
         """Start a worker and its thread."""
@@ -156,6 +162,10 @@ class UcxTransport(ServingTransport):
     # ---- reader
 
     def connect(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None = None) -> Connection:
+        return self.reach(owner, descriptor, deadline)
+
+    def reach(self, owner: OwnerInfo, descriptor: RegionDescriptor, deadline: Deadline | None) -> UcxConnection:
+        """See `connect`."""
         self.require_memory(owner, descriptor.kind)
         endpoints = descriptor.endpoints.get(self.scheme, ())
         if not endpoints:
@@ -176,7 +186,7 @@ class UcxTransport(ServingTransport):
             if found is None:
                 if len(self._budgets) >= PEERS_KEPT:
                     self._budgets = {key: budget for key, budget in self._budgets.items() if budget.taken}
-                found = self._budgets[owner.incarnation] = ByteBudget(PEER_BYTES_MAX, self._budget)
+                found = self._budgets[owner.incarnation] = ByteBudget(self._peer_bytes_max, self._budget)
             return found
 
     def staged(self, peer: Peer, iov: np.ndarray) -> StagingBuffer | None:
@@ -204,7 +214,7 @@ class UcxTransport(ServingTransport):
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class Way:
     """How a region is read now: its peer, for one-sided reads the region there, and what reports call it."""
 
     peer: Peer
@@ -228,7 +238,7 @@ class UcxConnection(Connection):
         self.path = "not connected"
         self._transport, self._owner, self._descriptor, self._endpoints = transport, owner, descriptor, endpoints
         self._lock = threading.Lock()
-        self._way: _Way | None = None  # replaced as a whole, so that reads on other threads see one or the other
+        self._way: Way | None = None  # replaced as a whole, so that reads on other threads see one or the other
 
     def readers(self, local: PagedMemory) -> int:
         """As the transport was told where the kernel copies for each thread that asks; UCX has one thread for all."""
@@ -236,7 +246,7 @@ class UcxConnection(Connection):
         way = self._way
         return self._transport.cma_readers if way is not None and way.mapped is not None else 1
 
-    def reconnect(self, deadline: Deadline) -> _Way:
+    def reconnect(self, deadline: Deadline) -> Way:
         """Return the live way to the region; connect and prove it first if needed.
 
         Raises:
@@ -257,17 +267,24 @@ class UcxConnection(Connection):
         finally:
             self._lock.release()
 
-    def _live(self) -> _Way | None:
+    def connected(self, deadline: Deadline) -> Way:
+        """As `reconnect`, for a read: who could be reached and cannot be any more is gone, a `PeerGoneError`."""
+        try:
+            return self._live() or self.reconnect(deadline)
+        except TransportUnavailableError as error:
+            raise PeerGoneError(str(error), scheme=self.scheme, peer=str(self._owner)) from error
+
+    def _live(self) -> Way | None:
         way = self._way
         return None if way is None or way.peer.dead else way
 
-    def _connect(self, deadline: Deadline) -> _Way:
+    def _connect(self, deadline: Deadline) -> Way:
         peer = self._transport.peer(self._owner, self._endpoints, deadline)
         one_sided = self._transport.uses_one_sided(peer)
         remote = self._describe(peer, deadline, keys=one_sided)
         mapped = self._map(peer, remote)
         kind = "cma" if mapped is not None else "rma" if one_sided else "am"
-        return _Way(peer, remote, mapped, f"{kind}({lanes_text(peer.lanes)})")
+        return Way(peer, remote, mapped, f"{kind}({lanes_text(peer.lanes)})")
 
     def _map(self, peer: Peer, remote: RemoteRegion | None) -> CmaRegion | None:
         if remote is None or not self._transport.uses_cma(peer):
@@ -301,10 +318,7 @@ class UcxConnection(Connection):
         began = time.perf_counter()
         layout = self._descriptor.layout
         self._check(request)
-        try:
-            way = self._live() or self.reconnect(deadline)
-        except TransportUnavailableError as error:
-            raise PeerGoneError(str(error), scheme=self.scheme, peer=str(self._owner)) from error
+        way = self.connected(deadline)
         if way.mapped is not None:
             valid, refused, copy_s = way.mapped.read(request, deadline, on_group)
             seconds = time.perf_counter() - began
@@ -322,22 +336,20 @@ class UcxConnection(Connection):
             self.scheme, way.path, reading.valid, nbytes, seconds, reading.copy_seconds, reading.refused
         )
 
-    def _starter(
-        self, peer: Peer, remote: RemoteRegion | None, request: ReadRequest
-    ) -> Callable[[np.ndarray, Callable[[GroupResult], None]], Transfer]:
+    def _starter(self, peer: Peer, remote: RemoteRegion | None, request: ReadRequest) -> Start:
         region = self._descriptor.region_id
 
-        def start(indices: np.ndarray, finish: Callable[[GroupResult], None]) -> Transfer:
-            pages, generations = request.pages[indices], request.generations[indices]
-            iov = local_iov(request.local, request.local_pages[indices])
+        def start(group: Group, finish: Callable[[GroupResult], None]) -> Transfer:
+            pages, generations = request.pages[group.indices], request.generations[group.indices]
+            iov = local_iov(request.local, request.local_pages[group.indices])
             if remote is None or peer.endpoint is None:
                 staged = self._transport.staged(peer, iov)
                 if staged is not None:
                     iov = staged.iov(int(iov[:, 1].sum()))
                 return peer.read(region, pages, generations, iov, finish, staged=staged)
             endpoint = peer.endpoint
-            group = RemoteGroup(remote, pages, generations, iov)
-            return peer.one_sided(lambda number: OneSidedRead(number, peer, endpoint, group, finish))
+            remote_group = RemoteGroup(remote, pages, generations, iov)
+            return peer.one_sided(lambda number: OneSidedRead(number, peer, endpoint, remote_group, finish))
 
         return start
 

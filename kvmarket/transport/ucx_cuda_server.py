@@ -11,7 +11,6 @@ import numpy as np
 from kvmarket.errors import KVMarketError
 from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.generations import memory_fence, readable
-from kvmarket.region.pages import PageLayout
 from kvmarket.transport import ucx_api as api
 from kvmarket.transport.ucx_operations import RENDEZVOUS_BYTES
 from kvmarket.transport.ucx_server import ServerSession, UcxServer
@@ -19,8 +18,8 @@ from kvmarket.transport.ucx_wire import VERSION_WHOLE, Refused, Trailer, encode_
 
 if TYPE_CHECKING:
     from kvmarket.region.region import LentRegion
+    from kvmarket.transport.ucx_cuda_driver import CudaUcxDriver
     from kvmarket.transport.ucx_cuda_staging import CardStaging
-    from kvmarket.transport.ucx_driver import UcxDriver
     from kvmarket.transport.ucx_proof import ProofKey
 
 logger = logging.getLogger(__name__)
@@ -30,6 +29,7 @@ class CudaServerSession(ServerSession):
     """One reader's connection."""
 
     _server: CudaUcxServer
+    _driver: CudaUcxDriver
 
     def _serve(self, region: LentRegion, transfer: int, pages: np.ndarray, generations: np.ndarray) -> None:
         """Check, have the pages packed, send them, check again."""
@@ -38,14 +38,22 @@ class CudaServerSession(ServerSession):
             self._send(Trailer(transfer, stale.tolist(), []))
             return
         memory_fence()  # the bytes are read after the generations
-        self._reads += 1
+        self._begin()
         self._server.pack(self, region, transfer, pages, generations)
+
+    def _begin(self) -> None:
+        self._reads += 1
+        self._driver.reads += 1
+
+    def _end(self) -> None:
+        self._reads -= 1
+        self._driver.reads -= 1
 
     def packed(self, buffer: Any, nbytes: int, transfer: int, torn: Any) -> None:
         """Send what was packed, with the turn; `torn` tells which pages changed since."""
 
         def sent(status: int) -> None:
-            self._reads -= 1
+            self._end()
             self._server.staging.give_back(buffer)
             if status == api.UCS_OK:  # else the endpoint is failing; its end is reported by UCX
                 memory_fence()  # the generations again after the bytes
@@ -57,7 +65,7 @@ class CudaServerSession(ServerSession):
 
     def short(self, data: bytes, transfer: int, torn: list[int]) -> None:
         """Send few bytes and the verdict as one message, with the turn."""
-        self._reads -= 1
+        self._end()
         self._driver.send_short(self.endpoint, encode_data_header(transfer, whole=not torn), data)
         if torn:
             self._send(Trailer(transfer, [], torn))
@@ -69,7 +77,7 @@ class CudaServerSession(ServerSession):
 
     def failed(self, transfer: int, why: str) -> None:
         """Tell the reader that its read cannot be served, with the turn."""
-        self._reads -= 1
+        self._end()
         self._send(Refused("cuda", why[:512], transfer))
 
 
@@ -83,7 +91,7 @@ class CudaUcxServer(UcxServer):
     session_type = CudaServerSession
 
     def __init__(
-        self, driver: UcxDriver, incarnation: bytes, addresses: tuple[str, ...], key: ProofKey, staging: CardStaging
+        self, driver: CudaUcxDriver, incarnation: bytes, addresses: tuple[str, ...], key: ProofKey, staging: CardStaging
     ) -> None:
         self.staging = staging
         self._thread = ThreadPoolExecutor(1, "kvmarket-pack")
@@ -105,7 +113,7 @@ class CudaUcxServer(UcxServer):
             page_bytes = memory.layout.page_bytes
             nbytes = len(pages) * page_bytes
             buffer = self.staging.take(nbytes, memory.device)
-            packed = CudaPagedMemory(PageLayout.packed(len(pages), page_bytes), (buffer[:nbytes],), memory.api)
+            packed = self.staging.packed(buffer, page_bytes)
             memory.api.copy(memory, pages, packed, np.arange(len(pages))).wait()
         except KVMarketError as error:  # a buffer whose copy failed is lost: its copy may still be writing
             why = str(error)

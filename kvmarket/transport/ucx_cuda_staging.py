@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import TransferError
+from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.pages import PageLayout
 
 if TYPE_CHECKING:
     from kvmarket.region.cuda import CudaApi
@@ -60,6 +62,14 @@ class CardStaging:
         with self._changed:
             self._free.append(self._used.pop(self.cuda.pointer(array)))
             self._changed.notify_all()
+
+    def packed(self, array: Any, page_bytes: int) -> CudaPagedMemory:
+        """Return a buffer as pages that lie one after the other, as many as fit.
+
+        Always as many, because the kernels' tables go by memory and layout.
+        """
+        count = len(array) // page_bytes
+        return CudaPagedMemory(PageLayout.packed(count, page_bytes), (array[: count * page_bytes],), self.cuda)
 
     def view(self, address: int, nbytes: int) -> Any:
         """Return the piece of a buffer in use that is at `address`.

@@ -230,12 +230,18 @@ class UcxDriver(Operations):
 
     def _step(self) -> None:
         with self._turn:
-            if self._work() or self._commands or self._lib.ucp_worker_arm(self._worker) == api.UCS_ERR_BUSY:
+            if self._work() or self._commands or self.polls():
+                return
+            if self._lib.ucp_worker_arm(self._worker) == api.UCS_ERR_BUSY:
                 return
             timeout = max(0.001, self._next_tick - time.monotonic()) if self.tickers else None
         for descriptor, _ in self._epoll.poll(timeout):
             if descriptor == self._wake:
                 os.eventfd_read(self._wake)
+
+    def polls(self) -> bool:
+        """Tell whether to look again at once, without sleeping."""
+        return False
 
     def _work(self) -> bool:
         """Run commands, progress the worker and hand on what came; False when there was nothing of it."""

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,16 +39,26 @@ DRAIN_S = 0.25
 CUT_S = 5.0
 _LOOK_S = 0.02
 
-Start = Callable[[np.ndarray, Callable[[GroupResult], None]], Transfer]
-"""Start reading the pages at these indices of the request; on the driver's thread."""
-
 
 @dataclass(eq=False)
-class _Group:
+class Group:
+    """Pages that are asked for with one message.
+
+    Attributes:
+        indices: (n,) into the request.
+        nbytes: what they have of the budget, until it is given back.
+        place: what `GroupedRead.prepare` put there.
+    """
+
     indices: np.ndarray
-    nbytes: int  # of the budget, until they are given back
+    nbytes: int
+    place: Any = None
     transfer: Transfer | None = None
     result: GroupResult | None = None
+
+
+Start = Callable[[Group, Callable[[GroupResult], None]], Transfer]
+"""Start reading the pages of a group; on the driver's thread."""
 
 
 @dataclass
@@ -72,12 +82,14 @@ class GroupedRead:
     deadline: Deadline
     on_group: OnGroup | None
     give_back: Callable[[StagingBuffer], None]
+    group_bytes: int = GROUP_BYTES
+    window: int = WINDOW
     refused: dict[int, MissReason] = field(default_factory=dict)
     valid: int = 0
     copy_seconds: float = 0.0
-    _pending: set[_Group] = field(default_factory=set)
-    _ended: queue.SimpleQueue[_Group] = field(default_factory=queue.SimpleQueue)
-    _order: deque[_Group] = field(default_factory=deque)
+    _pending: set[Group] = field(default_factory=set)
+    _ended: queue.SimpleQueue[Group] = field(default_factory=queue.SimpleQueue)
+    _order: deque[Group] = field(default_factory=deque)
     _draining: bool = False
     _error: str = ""
 
@@ -91,12 +103,12 @@ class GroupedRead:
         total = len(self.request.pages)
         if not total:
             return
-        size = max(1, min(GROUP_BYTES // self.page_bytes, PIECES_MAX // self.segments))
+        size = max(1, min(self.group_bytes // self.page_bytes, PIECES_MAX // self.segments))
         began = time.perf_counter()
         following = 0
         try:
             while (following < total and not self._over) or self._pending:
-                while following < total and not self._over and len(self._pending) < WINDOW:
+                while following < total and not self._over and len(self._pending) < self.window:
                     stop = min(following + size, total)
                     if not self._launch(self._known(np.arange(following, stop))):
                         break
@@ -108,12 +120,16 @@ class GroupedRead:
         finally:
             self._drain()
         self.copy_seconds = time.perf_counter() - began
-        if self._error:
-            gone = bool(self.peer.dead)
-            raise (PeerGoneError if gone else TransferError)(self._error, scheme="ucx", peer=self.peer.address)
+        self.check()
         if following < total:
             ended = self.refused[min(self.refused)] if self.refused else MissReason.DEADLINE
             self.refused.update(dict.fromkeys(range(following, total), ended))
+
+    def check(self) -> None:
+        """Raise the error that ended the read, if one did."""
+        if self._error:
+            gone = bool(self.peer.dead)
+            raise (PeerGoneError if gone else TransferError)(self._error, scheme="ucx", peer=self.peer.address)
 
     @property
     def _over(self) -> bool:
@@ -138,12 +154,25 @@ class GroupedRead:
         if not len(indices):
             return True
         nbytes = len(indices) * self.page_bytes
-        if not (self.budget.take_now(nbytes) if self._pending else self.budget.take(nbytes, self.deadline)):
+        if not self.take_bytes(nbytes):
             return False
-        self._begin(_Group(indices, nbytes))
+        group = Group(indices, nbytes)
+        try:
+            self.prepare(group)
+        except BaseException:
+            self.return_bytes(group)
+            raise
+        self._begin(group)
         return True
 
-    def _begin(self, group: _Group, *, next_in_order: bool = False) -> None:
+    def take_bytes(self, nbytes: int) -> bool:
+        """Take bytes of the budget; False when there is no room now, or not before the deadline."""
+        return self.budget.take_now(nbytes) if self._pending else self.budget.take(nbytes, self.deadline)
+
+    def prepare(self, group: Group) -> None:
+        """Called before a group is started."""
+
+    def _begin(self, group: Group, *, next_in_order: bool = False) -> None:
         self._pending.add(group)
         if next_in_order:
             self._order.appendleft(group)
@@ -156,7 +185,7 @@ class GroupedRead:
                 end()
 
         def command() -> None:
-            group.transfer = self.start(group.indices, finish)
+            group.transfer = self.start(group, finish)
             if group.result is not None:  # it ended before it had begun
                 end()
 
@@ -181,25 +210,30 @@ class GroupedRead:
             return
         self._take(group)
 
-    def _take(self, group: _Group) -> None:
+    def _take(self, group: Group) -> None:
         """Report, in order, the groups whose turn has come now that this one has ended."""
         self._pending.discard(group)
         while self._order and self._order[0] not in self._pending:
             self._report(self._order.popleft())
 
-    def _report(self, group: _Group) -> None:
+    def _report(self, group: Group) -> None:
         try:
             self._account(group)
         finally:
-            if group.transfer is not None and group.transfer.staged is not None:
-                self.give_back(group.transfer.staged)
-            self._return_bytes(group)
+            self.release(group)
 
-    def _return_bytes(self, group: _Group) -> None:
+    def release(self, group: Group) -> None:
+        """Give back what a group that has ended still has."""
+        if group.transfer is not None and group.transfer.staged is not None:
+            self.give_back(group.transfer.staged)
+        self.return_bytes(group)
+
+    def return_bytes(self, group: Group) -> None:
+        """Give back what a group has of the budget."""
         self.budget.give_back(group.nbytes)
         group.nbytes = 0
 
-    def _account(self, group: _Group) -> None:
+    def _account(self, group: Group) -> None:
         result = group.result or GroupResult(error="abandoned")
         if result.error == "abandoned":
             self.refused.update(dict.fromkeys(group.indices.tolist(), MissReason.DEADLINE))
@@ -215,17 +249,28 @@ class GroupedRead:
             if self._draining or self.deadline.expired:
                 self.refused.update(dict.fromkeys(good.tolist(), MissReason.DEADLINE))
             else:
-                again, group.nbytes = _Group(good, group.nbytes), 0  # within the bytes that it had
+                again = Group(good, group.nbytes, group.place)  # within the bytes and the place that it had
+                group.nbytes, group.place = 0, None
                 self._begin(again, next_in_order=True)
             return
-        if group.transfer is not None and group.transfer.staged is not None and len(good):
+        if len(good):
+            self.deliver(group, good)
+
+    def deliver(self, group: Group, good: np.ndarray) -> None:
+        """Put those of a group's pages that are good where they belong, and report them.
+
+        Args:
+            group: has arrived.
+            good: (n,) indices into the request, n > 0.
+        """
+        if group.transfer is not None and group.transfer.staged is not None:
             self._unpack(group.transfer.staged, group, np.isin(group.indices, good))
-        self._return_bytes(group)
+        self.return_bytes(group)
         self.valid += len(good)
-        if self.on_group is not None and len(good):
+        if self.on_group is not None:
             self.on_group(good)
 
-    def _unpack(self, staged: StagingBuffer, group: _Group, good: np.ndarray) -> None:
+    def _unpack(self, staged: StagingBuffer, group: Group, good: np.ndarray) -> None:
         """Copy the good ones of a group's pages, a bool array, from the buffer to where they belong."""
         nbytes = len(good) * self.page_bytes
         packed = PagedMemory.packed(staged.array[:nbytes].reshape(-1, self.page_bytes))

@@ -1,5 +1,6 @@
 """What peers do in GPU tests. Every function's first argument is the peer's state."""
 
+import ctypes
 import hashlib
 import time
 
@@ -135,3 +136,37 @@ def overwrite(state, runtime_dir, seconds):
     publisher.flush(Deadline(30))
     core.close()
     return version
+
+
+def ask_what_is_fresh(state, runtime_dir, count):
+    """Do what a scheduler's process does; return how many blocks are fresh and which cards have a context here."""
+    open_core(state, runtime_dir)
+    found, _, _ = state.core.fetcher.lookup(keys_of(count))
+    return state.core.fetcher.fresh(found).blocks, contexts(state)
+
+
+def contexts(state):
+    """Return, for each card, whether this process has a context on it."""
+    del state
+    library, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    assert library.cuInit(0) == 0
+    assert library.cuDeviceGetCount(ctypes.byref(count)) == 0
+    found = []
+    for card in range(count.value):
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        assert library.cuDevicePrimaryCtxGetState(card, ctypes.byref(flags), ctypes.byref(active)) == 0
+        found.append(bool(active.value))
+    return found
+
+
+def fetch_here(state, num_pages, seed):
+    """Fetch what `ask_what_is_fresh` found; return the path and whether the bytes are right."""
+    import torch
+
+    expected = engine_tensors(torch, num_pages, seed)
+    tensors = [torch.zeros_like(tensor) for tensor in expected]
+    torch.cuda.synchronize()
+    local = cuda_pages(engine_layout(num_pages), tensors)
+    outcome = state.core.fetcher.fetch(iter([keys_of(num_pages)]), local, np.arange(num_pages), Deadline(20)).outcome
+    right = all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+    return outcome.transfers[0].path, outcome.blocks, right

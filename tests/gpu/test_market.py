@@ -56,6 +56,15 @@ def fetch(core, torch, count, salt=b"", local_pages=None):
     return tensors, outcome, (reason, detail)
 
 
+def test_a_process_that_only_asks_what_is_fresh_gets_no_context(publisher, peers, runtime_dir):
+    publisher.call(jobs.offer, list(range(PAGES)))
+    scheduler = peers.spawn()
+    fresh, contexts = scheduler.call(jobs.ask_what_is_fresh, str(runtime_dir), PAGES, timeout_s=60)
+    assert (fresh, any(contexts)) == (PAGES, False)
+    assert scheduler.call(jobs.fetch_here, PAGES, 1, timeout_s=60) == ("kernel(cuda_ipc)", PAGES, True)
+    assert scheduler.call(jobs.contexts)[0], "the question can be answered with yes"
+
+
 @pytest.mark.parametrize("transport", ["auto", "cuda_ipc"])
 def test_blocks_of_torch_tensors_are_fetched_in_place(publisher, reader, torch, transport):
     pages = np.random.default_rng(0).permutation(PAGES)

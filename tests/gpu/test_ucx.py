@@ -1,5 +1,11 @@
 """UCX for pages on a card: the suite of transports, and a market whose processes cannot map each other's memory."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import gpu_jobs as jobs
 import numpy as np
 import pytest
@@ -8,6 +14,7 @@ from kvmarket.cuda import cuda_pages
 from kvmarket.deadline import Deadline
 from kvmarket.report import MissReason
 from kvmarket.testing.ucx_cuda_suite import UcxCudaConformance
+from kvmarket.testing.ucx_protocols import of_gpu_messages
 
 PAGES = 40
 
@@ -81,3 +88,38 @@ def test_an_owner_that_dies_is_a_miss(owner, runtime_dir, torch):
     assert fetch(torch, runtime_dir)[1].blocks == PAGES
     owner.kill()
     assert fetch(torch, runtime_dir)[1].blocks == 0
+
+
+def told_protocols(runtime_dir, **settings):
+    """Fetch between two other processes; return the report's path, and what UCX told of messages of GPU memory."""
+    script = Path(__file__).with_name("gpu_ucx_told.py")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "UCX_PROTO_INFO": "y", **settings}
+    done = subprocess.run(
+        [sys.executable, str(script), str(runtime_dir)],
+        env=environ, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    (result,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert (result["blocks"], result["right"]) == (result["pages"], True), result
+    told = of_gpu_messages(done.stdout + done.stderr, result["pages"] * jobs.SPEC.page_bytes)
+    assert told, "UCX told nothing of messages from a card"
+    return result["path"], told
+
+
+BY_WAY_OF_THE_HOST = ("software emulation", "copy-in", "fragmented", "cuda_copy")
+
+
+def test_what_is_not_said_to_bounce_goes_by_lanes_that_read_the_card(runtime_dir):
+    path, told = told_protocols(runtime_dir)
+    assert "host_bounce" not in path
+    assert any("data fetch into cuda" in row.operation for row in told), told
+    for row in told:
+        assert not any(word in f"{row.how} {row.lanes}" for word in BY_WAY_OF_THE_HOST), row
+        assert "cuda_ipc" in row.lanes, row
+
+
+def test_what_goes_by_way_of_the_host_is_said_to_bounce(runtime_dir):
+    path, told = told_protocols(runtime_dir, UCX_TLS="tcp,cuda_copy,self")
+    assert path.endswith("host_bounce")
+    assert any(any(word in f"{row.how} {row.lanes}" for word in BY_WAY_OF_THE_HOST) for row in told), told
+    assert not any("cuda_ipc" in row.lanes for row in told)

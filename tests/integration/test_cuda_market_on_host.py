@@ -38,6 +38,19 @@ def test_blocks_travel_between_processes(  # noqa: PLR0917 - fixtures
     assert outcome.blocks_verified in verified
 
 
+def test_a_process_that_only_asks_what_is_fresh_maps_nothing(peers, runtime_dir, api, open_core, monkeypatch):
+    peer = peers.spawn()
+    peer.call(publish, str(runtime_dir))
+    core, opened = open_core(), []
+    original = api.open
+    monkeypatch.setattr(api, "open", lambda *args: opened.append(args) or original(*args))
+    found, _, _ = core.fetcher.lookup(KEYS)
+    assert core.fetcher.fresh(found).blocks == PAGES
+    assert opened == []
+    assert fetch(core, pages_on(api, 2)).blocks == PAGES
+    assert opened
+
+
 def test_bytes_changed_behind_the_owners_back_are_refused(peers, runtime_dir, api, open_core):
     peer = peers.spawn()
     peer.call(publish, str(runtime_dir))

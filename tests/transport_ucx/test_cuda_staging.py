@@ -1,12 +1,14 @@
 """Pages "on a card", with host memory in its place, over UCX: packed, sent, spread; the suite of transports."""
 
 import os
+import time
 
 import numpy as np
 import pytest
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import TransferError, TransportUnavailableError
+from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.pages import PageLayout
 from kvmarket.testing.host_cuda import HostCuda
 from kvmarket.testing.ucx_cuda_suite import UcxCudaConformance, UcxCudaOwner
@@ -99,3 +101,86 @@ def test_reads_of_any_size_arrive_and_are_digested(owner):
         assert report.path.endswith("host_bounce")
     finally:
         transport.close()
+
+
+@pytest.fixture
+def reader():
+    """A transport with cards of its own."""
+    api = HostCuda()
+    transport = CudaUcxTransport(os.environ, lambda: api, addresses=("127.0.0.1",))
+    yield transport
+    transport.close()
+    api.close()
+
+
+def lent_pages(owner, count, page_bytes=1 << 20):
+    pages = [bytes([page + 1]) * page_bytes for page in range(count)]
+    lent = owner.lend(PageLayout.packed(count, page_bytes), [count * page_bytes], pages)
+    return lent, np.asarray(owner.validate(0, range(count)), np.uint64)
+
+
+def read_all(reader, lent, generations):
+    count, page_bytes = len(generations), lent.descriptor.layout.page_bytes
+    local = CudaPagedMemory.of(
+        reader.cuda, PageLayout.packed(count, page_bytes), [reader.cuda.allocate(count * page_bytes, 0)]
+    )
+    connection = reader.connect(lent.owner, lent.descriptor)
+    request = ReadRequest(np.arange(count), generations, local, np.arange(count))
+    return connection.read(request, deadline=Deadline(20)), local
+
+
+def in_use(transport):
+    return transport._budget.taken, len(transport.card_staging._used)
+
+
+def test_a_read_does_not_wait_for_the_bytes_of_groups_that_it_has_yet_to_spread(owner, reader, monkeypatch):
+    monkeypatch.setattr(ucx_cuda, "GROUP_BYTES_MIN", 1 << 20)
+    monkeypatch.setattr(ucx_cuda, "BOUNCED_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "_peer_bytes_max", 1 << 20)  # one group at a time has them all
+    lent, generations = lent_pages(owner, 9)
+    report, local = read_all(reader, lent, generations)
+    assert (report.pages, report.refused) == (9, {})
+    assert [local.views(page)[0][0] for page in range(9)] == list(range(1, 10))
+    assert report.seconds < 5
+    assert in_use(reader) == (0, 0)
+
+
+@pytest.mark.parametrize("step", ["launch", "wait"])
+def test_a_group_that_cannot_be_spread_ends_the_read_and_leaves_nothing_taken(owner, reader, monkeypatch, step):
+    monkeypatch.setattr(ucx_cuda, "GROUP_BYTES_MIN", 1 << 20)
+    launch, launched = reader.cuda.copy, []
+
+    def fails(*args):
+        launched.append(args)
+        transfer = launch(*args)
+        if len(launched) == 3:
+            if step == "launch":
+                raise TransferError("the card failed", scheme="cuda_ipc")
+            transfer.wait = never_ends
+        return transfer
+
+    def never_ends():
+        raise TransferError("the card failed", scheme="cuda_ipc")
+
+    monkeypatch.setattr(reader.cuda, "copy", fails)
+    lent, generations = lent_pages(owner, 16)
+    with pytest.raises(TransferError, match="the card failed"):
+        read_all(reader, lent, generations)
+    assert len(launched) < 16
+    lost = step == "wait"  # the card may still read that buffer
+    assert in_use(reader) == (0, int(lost))
+
+
+def test_who_waits_for_a_silent_peer_sleeps(owner, reader):
+    lent, generations = lent_pages(owner, 4)
+    assert read_all(reader, lent, generations)[0].pages == 4
+    driver = reader.driver
+
+    def owe():
+        driver.reads += 1  # as while a reader's pages are being packed
+
+    driver.call(owe, 5)
+    time.sleep(0.05)
+    began = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - began < 0.1

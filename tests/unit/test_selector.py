@@ -7,6 +7,9 @@ import pytest
 
 from kvmarket.errors import PeerGoneError, TransportUnavailableError
 from kvmarket.identity import OwnerInfo
+from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.pages import PageLayout
+from kvmarket.testing.host_cuda import HostCuda
 from kvmarket.transport import Connection, Transport, TransportSelector
 from kvmarket.transport.select import CONNECTIONS_MAX
 
@@ -20,6 +23,8 @@ def owner(number=1):
 
 
 class FakeConnection(Connection):
+    path = "there"
+
     def __init__(self):
         self.closed = 0
 
@@ -45,6 +50,28 @@ class FakeTransport(Transport):
 
     def close(self):
         self.closed += 1
+
+
+def test_for_memory_of_a_card_the_first_that_reads_into_it_is_taken():
+    class Unmappable(FakeConnection):
+        def prepare(self, local=None):
+            raise TransportUnavailableError("it cannot be mapped", scheme="direct")
+
+    direct, network = FakeTransport("direct"), FakeTransport("network")
+    direct.connect = lambda *_: Unmappable()
+    selector, api = TransportSelector([direct, network]), HostCuda()
+    local = CudaPagedMemory.of(api, PageLayout.packed(1, 64), [api.allocate(64, 0)])
+    asking = selector.connection(owner(), 0, describe)
+    assert isinstance(asking, Unmappable), "who only asks need not map"
+    reading = selector.connection(owner(), 0, describe, local=local)
+    assert network.made == [reading]
+    assert selector.connection(owner(), 0, describe, local=local) is reading
+    assert selector.connection(owner(), 0, describe) is asking
+    assert [reached for _, reached, _ in selector.explain(owner(), describe())] == [False, True]
+    selector.forget(owner())
+    assert selector.connection(owner(), 0, describe, local=local) is not reading
+    assert selector.connection(owner(), 0, describe, prove=True) is network.made[-1]
+    api.close()
 
 
 def test_the_first_that_reaches_is_taken_and_remembered():
