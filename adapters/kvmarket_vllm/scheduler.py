@@ -26,10 +26,11 @@ from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
 from kvmarket_vllm.resets import Resets
-from kvmarket_vllm.stats import Deltas
+from kvmarket_vllm.stats import Deltas, MarketStats
 
 if TYPE_CHECKING:
     from kvmarket.config import MarketConfig
+    from kvmarket_vllm.hook_time import HookTime
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -246,6 +247,11 @@ class SchedulerRole:
         self._lookups.forget(request_id)
 
     # ---- the rest
+
+    def stats(self, hook_time: HookTime) -> MarketStats | None:
+        """Return what happened since the last step."""
+        hook_time.tell(self.deltas)
+        return self.deltas.take()
 
     def reset(self) -> bool:
         """Make all processes of the namespace forget everything (weights changed)."""
