@@ -16,7 +16,6 @@ import numpy as np
 
 from kvmarket.backlog import Backlog
 from kvmarket.completion import completion
-from kvmarket.digest import page_digests
 from kvmarket.errors import (
     DeadlineExceededError,
     KVMarketError,
@@ -26,7 +25,7 @@ from kvmarket.errors import (
 )
 from kvmarket.logs import Log
 from kvmarket.pending import Pending
-from kvmarket.publish_job import Job
+from kvmarket.publish_job import Job, digests_of
 from kvmarket.region.generations import readable
 from kvmarket.registry.records import DIGEST_BYTES, make_records
 
@@ -138,22 +137,32 @@ class Publisher:
         with self._lock:
             if self._closed:
                 raise MarketClosedError("this marketplace is closed")
-            offered = dict(zip(keys, pages, strict=True))
-            fresh = [(key, page) for key, page in offered.items() if key not in self._page_of]
-            numbers = self._region.page_numbers([page for _, page in fresh])
-            for key, page in fresh:
-                previous = self._key_of.get(page)
-                if previous is not None:
-                    del self._page_of[previous]
-                self._key_of[page], self._page_of[key] = key, page
+            fresh = self._enter(dict(zip(keys, pages, strict=True)))
+            numbers = self._region.page_numbers(list(fresh.values()))
             table = self._region.generations
             generations = table.validate(numbers) if ended is None else table.reserve(numbers)
-            job = Job([key for key, _ in fresh], numbers, generations, done, ended, delay_s)
+            job = Job(list(fresh), numbers, generations, done, ended, delay_s)
             if digests is not None:
                 known = dict(zip(keys, digests, strict=True))
                 job.digests = [known[key] for key in job.keys]
             self._put(job)
         return done
+
+    def _enter(self, offered: dict[bytes, int]) -> dict[bytes, int]:
+        """Note which page is which block, but for those that are offered already; return the others. Lock held."""
+        if not self._page_of.keys().isdisjoint(offered):
+            offered = {key: page for key, page in offered.items() if key not in self._page_of}
+        by_page = dict(zip(offered.values(), offered, strict=True))
+        if len(by_page) == len(offered) and self._key_of.keys().isdisjoint(by_page):  # as ever in an engine
+            self._key_of |= by_page
+            self._page_of |= offered
+            return offered
+        for key, page in offered.items():
+            previous = self._key_of.get(page)
+            if previous is not None:
+                del self._page_of[previous]
+            self._key_of[page], self._page_of[key] = key, page
+        return offered
 
     def _take_back(self, job: Job) -> None:
         """Make pages whose announcement failed unreadable again, so that their blocks can be offered once more."""
@@ -354,7 +363,7 @@ class Publisher:
         epoch = self._epoch  # before the generations are looked at: who changes it invalidates them first
         pages = np.concatenate([job.pages for job in jobs])
         generations = np.concatenate([job.generations for job in jobs if job.generations is not None])
-        digests = self._digests(jobs, pages) if self._with_digests else None
+        digests = digests_of(jobs, self._region.pages) if self._with_digests else None
         # A page that changed while its digest was computed has another generation by now: leave it out.
         current = np.flatnonzero(self._region.generations.values[pages] == generations)
         keys = [keys[i] for i in current]
@@ -381,15 +390,6 @@ class Publisher:
             self._announced[0][records["page"]] = records["generation"]
         self._metrics.add(blocks_announced=len(keys))
         return len(keys)
-
-    def _digests(self, jobs: list[Job], pages: np.ndarray) -> list[bytes]:
-        """Return the digests of all pages of `jobs`, computed unless they came with them."""
-        if all(job.digests is None for job in jobs):
-            return page_digests(self._region.pages, pages)
-        found: list[bytes] = []
-        for job in jobs:
-            found += page_digests(self._region.pages, job.pages) if job.digests is None else job.digests
-        return found
 
     def _withdraw(self, jobs: list[Job]) -> int:
         keys = []

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-
-class _Block(NamedTuple):
-    request_id: str
-    digest: bytes
 
 
 class Fetched:
@@ -20,31 +15,36 @@ class Fetched:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[int, _Block] = {}
-        self._of_request: dict[str, list[int]] = {}
+        self._request_of: dict[int, str] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._blocks_of: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._request_of)
 
     def started(self, request_id: str, blocks: list[int]) -> None:
         """`blocks` are being loaded for a request."""
-        self._of_request[request_id] = blocks
-        self._blocks |= dict.fromkeys(blocks, _Block(request_id, b""))
+        self._blocks_of[request_id] = blocks
+        self._request_of |= dict.fromkeys(blocks, request_id)
+        if self._digest_of:  # of requests that are over, which is told later in the same step
+            for block in blocks:
+                self._digest_of.pop(block, None)
 
     def loaded(self, request_id: str, digests: list[bytes]) -> None:
         """They are loaded, and were compared with these digests; none: not all were, or with others."""
-        for block, digest in zip(self._of_request.get(request_id, ()), digests, strict=False):
-            if self._blocks.get(block) == (request_id, b""):
-                self._blocks[block] = _Block(request_id, digest)
+        blocks = self._blocks_of.get(request_id)
+        if blocks is not None and len(blocks) == len(digests):
+            self._digest_of |= zip(blocks, digests, strict=True)
 
     def forget_requests(self, request_ids: Iterable[str]) -> None:
         """Forget what these requests, which are over, have not had offered."""
         for request_id in request_ids:
-            for block in self._of_request.pop(request_id, ()):
-                if (known := self._blocks.get(block)) is not None and known.request_id == request_id:
-                    del self._blocks[block]
+            for block in self._blocks_of.pop(request_id, ()):
+                if self._request_of.get(block) == request_id:
+                    self.take(block)
 
     def take(self, block: int) -> bytes | None:
         """Return the digest of a block that is offered now, empty where it is not known; None: it was not fetched."""
-        known = self._blocks.pop(block, None)
-        return None if known is None else known.digest
+        if self._request_of.pop(block, None) is None:
+            return None
+        return self._digest_of.pop(block, b"")

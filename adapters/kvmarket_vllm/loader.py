@@ -88,6 +88,8 @@ class Loader:
 
     def take_finished(self, *, wait: bool) -> tuple[set[str], set[int]]:
         """Return finished request ids, each once, and the blocks that were not loaded."""
+        if not self._finished and not (wait and self._running):  # as in most steps; what ends now is told next time
+            return set(), set()
         with self._changed:
             if wait and self._running and not self._finished:
                 self._changed.wait(IDLE_WAIT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,9 @@ _COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
 FETCHED_LATER_S = 0.1
 """Blocks that were fetched are offered this much later, on a card: digesting and announcing them takes the engine's
 time while it computes the first token, and whom they came from has them still."""
+FEW_BLOCKS, FEW_TOGETHER_S = 16, 0.1
+"""On a card, what steps complete of so few blocks, as in decoding, is offered together, ten times a second: each time
+takes the engine's time, and nobody asks for the end of an answer that soon."""
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 _COUNTED_KEPT = ("disk_blocks_written", "disk_blocks_promoted", "disk_errors")
 
@@ -196,6 +200,8 @@ class WorkerRole:
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start this step's loads; small ones of an otherwise idle step are done when it returns."""
+        if not plan.loads:
+            return
         market = self._market(plan.root)
         for load in plan.loads:
             if market is None:
@@ -221,13 +227,18 @@ class WorkerRole:
 
     def _offer_behind(self, publisher: Publisher, blocks: list[tuple[bytes, int]], ended: Any) -> None:
         """Offer what the engine has launched, and later what it fetched, whose digests may be known already."""
+        soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(blocks) <= FEW_BLOCKS else 0.0
+        if not self._fetched:
+            keys, pages = zip(*blocks, strict=True)
+            publisher.offer(keys, pages, after=ended, delay_s=soon_s)
+            return
         computed: list[tuple[bytes, int, bytes]] = []
         known, unknown = computed.copy(), computed.copy()
         for key, page in blocks:
             digest = self._fetched.take(page)
             some = computed if digest is None else known if digest else unknown
             some.append((key, page, digest or b""))
-        for some, delay_s in ((computed, 0.0), (known, FETCHED_LATER_S), (unknown, FETCHED_LATER_S)):
+        for some, delay_s in ((computed, soon_s), (known, FETCHED_LATER_S), (unknown, FETCHED_LATER_S)):
             if some:
                 keys, pages, digests = zip(*some, strict=True)
                 publisher.offer(keys, pages, after=ended, delay_s=delay_s, digests=digests if some is known else None)
@@ -239,7 +250,8 @@ class WorkerRole:
             plan: this step's.
             over: requests that ended since the last step.
         """
-        self._fetched.forget_requests(over)
+        if over:
+            self._fetched.forget_requests(over)
         ids = {load.request_id for load in self._lost}
         invalid = {block for load in self._lost for block in load.block_ids}
         self._lost.clear()
