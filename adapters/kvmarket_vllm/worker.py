@@ -252,6 +252,8 @@ class WorkerRole:
         """
         if over:
             self._fetched.forget_requests(over)
+        if not self._lost and not (self.market is not None and self.market.loader.busy):
+            return set(), set()
         ids = {load.request_id for load in self._lost}
         invalid = {block for load in self._lost for block in load.block_ids}
         self._lost.clear()
