@@ -97,3 +97,17 @@ def test_a_reset_and_a_killed_owner_are_misses(fleet, pair, truth):
     fetched = reader.generate(asked[1:], max_tokens=ANSWER_TOKENS)
     assert [answer.external_tokens for answer in fetched] == [0, 0]
     assert tokens(fetched) == tokens(right[1:])
+
+
+def test_the_time_of_hooks_is_counted_step_by_step_and_told(pair):
+    publisher, _ = pair
+    before = publisher.call("kvmarket_vllm.inspect:hook_times")
+    publisher.generate(prompts(1, 8900), max_tokens=64)
+    after = publisher.call("kvmarket_vllm.inspect:hook_times")
+    counters = publisher.counters()
+    assert set(after) == {"scheduler", "worker"}
+    for role, (steps, seconds) in after.items():
+        assert 64 <= steps - before[role][0] <= 70
+        assert 0 < seconds - before[role][1] < 5
+        assert 0 < counters[f"vllm:kvmarket_hook_steps{{role={role}}}"] <= steps
+        assert 0 < counters[f"vllm:kvmarket_hook_seconds{{role={role}}}"] <= seconds
