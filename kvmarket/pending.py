@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting(Generic[T]):
     number: int
     item: T

@@ -281,9 +281,9 @@ class Publisher:
         due = [wait_s for wait_s in (self._backlog.wait_s, self._pending.wait_s) if wait_s is not None]
         wait_s = min(due, default=None)
         while pages < BATCH_PAGES:
-            if len(self._pending) >= QUEUE_MAX:
+            if len(self._pending) >= QUEUE_MAX and not self._closed:  # once closed, all that came is answered
                 time.sleep(0.0 if jobs else wait_s or 0.0)
-                return jobs, self._closed
+                return jobs, False
             try:
                 job = self._queue.get(timeout=wait_s)
             except queue.Empty:

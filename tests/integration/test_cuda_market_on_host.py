@@ -12,7 +12,8 @@ from kvmarket.completion import completion
 from kvmarket.config import MarketConfig
 from kvmarket.deadline import Deadline
 from kvmarket.digest import page_digests
-from kvmarket.errors import InvalidInputError, MissingExtraError
+from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError, MissingExtraError
+from kvmarket.publish import QUEUE_MAX
 from kvmarket.reach import make_transports
 from kvmarket.region.pages import PagedMemory
 from kvmarket.report import MissReason
@@ -245,6 +246,20 @@ def test_closing_does_not_wait_for_a_kernel_that_never_ends(offered):
     core.close()
     assert time.monotonic() - began < 3
     assert generations(region, [0])[0] % 2 == 1
+
+
+def test_closing_answers_everybody_when_as_much_waits_as_may(offered):
+    """What waits for kernels is bounded, and so is the queue behind it; nobody is left waiting for either."""
+    _, publisher, core = offered
+    kernel = Kernel()
+    waiting = [publisher.offer(KEYS[:1], [0], after=kernel, wait=True)]
+    for _ in range(2 * QUEUE_MAX):
+        publisher.retract([0])
+        waiting.append(publisher.offer(KEYS[:1], [0], after=kernel, wait=True))
+    assert publisher.waiting["announce_queue"] <= 2 * QUEUE_MAX
+    core.close()
+    for future in waiting:
+        assert isinstance(future.exception(5), DeadlineExceededError | MarketClosedError | None)
 
 
 class Event:
