@@ -1,11 +1,14 @@
 """Stock vLLM replicas on one card: a 15,000-token prefix computed, fetched over CUDA IPC, and found in the own cache.
 
-Four replicas of a random 1B Llama shape (bfloat16, eager): A and B with the connector, P and Q without. Prompt by
-prompt and interleaved, each of 64 answer tokens: P, Q and A compute the prompt (A publishes), B fetches it, then
-everybody asks again and hits its own cache. Then A, or P for comparison, decodes while B fetches. Medians, and ratios
-of medians; Q against P is what replicas differ without any connector. The last line is JSON.
+Replicas of a random Llama shape (bfloat16): A and B with the connector, P and Q without (Q not for the large shape).
+Decoding runs as CUDA graphs, so that a step is what the card takes and not what the host does; where that does not
+start, or with --eager, it does not. Prompt by prompt and interleaved, each of 64 answer tokens: P, Q and A compute the
+prompt (A publishes), B fetches it, then everybody asks again and hits its own cache. Then all decode after a short
+prompt, for what publishing costs a step, and last A, or P and Q for comparison, decode while B fetches. Medians, and
+ratios of medians; Q against P is what replicas differ without any connector. With --shape 8b the weights are vLLM's
+own dummies: times only, its tokens say nothing. The last line is JSON.
 
-    python bench/vllm_gpu.py [--prompts 12] [--prefix 15000] [--quick]
+    python bench/vllm_gpu.py [--shape 1b|8b] [--eager] [--prompts 12] [--prefix 15000] [--quick]
 """
 
 from __future__ import annotations
@@ -23,15 +26,21 @@ from typing import TYPE_CHECKING, Any
 from kvmarket.testing.shared_prefix import answer, carried_by, wait_announced
 from kvmarket.testing.tiny_models import TINY_MODEL, ModelSize, random_prompt, write_model
 from kvmarket.testing.vllm_gpu import BLOCK_SIZE, gpu_replica
-from kvmarket.testing.vllm_replica import Generation, Replica, ReplicaHost
+from kvmarket.testing.vllm_replica import Generation, Replica, ReplicaError, ReplicaHost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MODEL_1B = ModelSize("1b", 2048, 8192, 16, 32, 8, 64, max_positions=20_000)
+MODEL_8B = ModelSize("8b", 4096, 14336, 32, 32, 8, 128, max_positions=20_000)
+SHAPES = {"1b": MODEL_1B, "8b": MODEL_8B}
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+"""vLLM's ``compilation_config``: nothing is compiled, decoding steps are captured."""
+STEADY_TOKENS = 400
 TAIL_TOKENS, ANSWER_TOKENS, WARM_UP = 64, 64, 2
 START_S = 280
 Answers = dict[str, list[Generation]]
+HookTimes = dict[str, tuple[int, float]]
 
 
 def card_name() -> str:
@@ -39,27 +48,36 @@ def card_name() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def start(host: ReplicaHost, model: Path, scratch: Path, size: ModelSize, prefix: int) -> dict[str, Replica]:
-    """Start the four replicas at the same time; each has room for six prompts."""
-    room = 6 * (prefix + TAIL_TOKENS + ANSWER_TOKENS) * size.kv_bytes_per_token(2)
+def start(
+    host: ReplicaHost, model: Path, scratch: Path, size: ModelSize, prefix: int, *, graphs: bool
+) -> dict[str, Replica]:
+    """Start the replicas at the same time; each has room for a few prompts."""
+    large = size is MODEL_8B
+    room = (2 if large else 6) * (prefix + TAIL_TOKENS + ANSWER_TOKENS + BLOCK_SIZE) * size.kv_bytes_per_token(2)
     fields: dict[str, Any] = {
         "dtype": "bfloat16",
         "kv_cache_bytes": room,
         "max_model_len": min(size.max_positions, prefix + 512),
         "max_batched_tokens": 16_384,
     }
-    replicas = {name: host.launch(gpu_replica(model, scratch / "run", plain=name in "PQ", **fields)) for name in "ABPQ"}
+    args: dict[str, Any] = {"enforce_eager": False, "compilation_config": GRAPHS} if graphs else {}
+    if large:
+        args["load_format"] = "dummy"
+    names = "ABP" if large else "ABPQ"
+    replicas = {
+        name: host.launch(gpu_replica(model, scratch / "run", plain=name in "PQ", engine_args=args, **fields))
+        for name in names
+    }
     for replica in replicas.values():
         replica.wait_ready(timeout_s=START_S)
     return replicas
 
 
-def play(replicas: dict[str, Replica], seed: int, prefix: int) -> dict[str, Generation]:
+def play(replicas: dict[str, Replica], seed: int, prefix: int, size: ModelSize) -> dict[str, Generation]:
     """Play one prompt that nobody has seen before."""
-    size = MODEL_1B if prefix > TINY_MODEL.max_positions else TINY_MODEL
     prompt = random_prompt(prefix, seed=seed, size=size) + random_prompt(TAIL_TOKENS, seed=10_000 + seed, size=size)
     played: dict[str, Generation] = {}
-    order = "PAQ" if seed % 2 else "QAP"
+    order = [name for name in ("PAQ" if seed % 2 else "QAP") if name in replicas]
     before = replicas["A"].call("kvmarket_vllm.inspect:announced_blocks")
     for name in order:
         played[f"{name} cold"] = answer(replicas[name], prompt, ANSWER_TOKENS)
@@ -70,13 +88,34 @@ def play(replicas: dict[str, Replica], seed: int, prefix: int) -> dict[str, Gene
     return played
 
 
-def busy_rounds(replicas: dict[str, Replica], rounds: int, prefix: int) -> dict[str, list[float]]:
+def steady_rounds(replicas: dict[str, Replica], rounds: int, size: ModelSize) -> tuple[dict[str, list[float]], Any]:
+    """Have A, P and Q in turn decode after a short prompt; return seconds per step, and A's hooks in them."""
+    names = [name for name in "PAQ" if name in replicas]
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    before: HookTimes = replicas["A"].call("kvmarket_vllm.inspect:hook_times")
+    for number in range(rounds):
+        prompt = random_prompt(200, seed=40_000 + number, size=size)
+        for name in names if number % 2 else reversed(names):
+            steps[name].append(step_s(answer(replicas[name], prompt, STEADY_TOKENS)))
+    after: HookTimes = replicas["A"].call("kvmarket_vllm.inspect:hook_times")
+    return steps, hook_us(before, after)
+
+
+def hook_us(before: HookTimes, after: HookTimes) -> dict[str, float]:
+    """Return microseconds per engine step that each role's hooks took between two looks."""
+    return {
+        role: round(1e6 * (after[role][1] - before[role][1]) / max(1, after[role][0] - before[role][0]), 2)
+        for role in after
+    }
+
+
+def busy_rounds(replicas: dict[str, Replica], rounds: int, prefix: int, size: ModelSize) -> dict[str, list[float]]:
     """Have A, P and Q in turn decode while B fetches a prompt from A; return seconds per round and replica."""
-    size = MODEL_1B if prefix > TINY_MODEL.max_positions else TINY_MODEL
-    seconds: dict[str, list[float]] = {name: [] for name in "APQ"}
+    names = [name for name in "QPA" if name in replicas]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     short = random_prompt(256, seed=77, size=size)
     for number in range(rounds):
-        for turn, name in enumerate(("A", "P", "Q") if number % 2 else ("Q", "P", "A")):
+        for turn, name in enumerate(reversed(names) if number % 2 else names):
             prompt = random_prompt(prefix, seed=20_000 + 3 * number + turn, size=size)
             before = replicas["A"].call("kvmarket_vllm.inspect:announced_blocks")
             answer(replicas["A"], prompt, 1)
@@ -100,7 +139,7 @@ def step_s(generation: Generation) -> float:
     return (generation.total_s - generation.ttft_s) / (len(generation.tokens) - 1)
 
 
-def summary(answers: Answers, busy: dict[str, list[float]]) -> dict[str, Any]:
+def summary(answers: Answers, busy: dict[str, list[float]], steady: dict[str, list[float]]) -> dict[str, Any]:
     phases = {
         name: {
             "ttft_ms": median_ms(each.ttft_s for each in of_phase),
@@ -111,12 +150,8 @@ def summary(answers: Answers, busy: dict[str, list[float]]) -> dict[str, Any]:
     }
     ttft = {name: phase["ttft_ms"] for name, phase in phases.items()}
     total = {name: phase["total_ms"] for name, phase in phases.items()}
-    steps = {
-        name: statistics.median(step_s(each) for kind in ("cold", "local") for each in answers[f"{name} {kind}"])
-        for name in "APQ"
-    }
-    while_serving = {name: median_ms(values) for name, values in busy.items()}
-    same = [a.tokens == b.tokens for a, b in zip(answers["B fetched"], answers["A local"], strict=True)]
+    steps = {name: median_ms(each) for name, each in steady.items()}
+    same = [a.tokens == b.tokens for a, b in zip(answers["B fetched"], answers["B local"], strict=True)]
     control = [a.tokens == b.tokens for a, b in zip(answers["P cold"], answers["P local"], strict=True)]
     return {
         "phases": phases,
@@ -124,48 +159,69 @@ def summary(answers: Answers, busy: dict[str, list[float]]) -> dict[str, Any]:
         "fetched_minus_local_ttft_ms": round(ttft["B fetched"] - ttft["B local"], 3),
         "aim_ttft_ms": round(1.15 * ttft["B local"] + 3, 3),
         "cold_over_fetched_ttft": round(ttft["P cold"] / ttft["B fetched"], 3),
-        "fetched_over_cold_total": round(total["B fetched"] / total["P cold"], 4),
-        "publisher_over_plain_cold_total": round(total["A cold"] / total["P cold"], 4),
+        "total_over_plain_cold": {name: round(each / total["P cold"], 4) for name, each in total.items()},
         "publisher_over_plain_cold_ttft": round(ttft["A cold"] / ttft["P cold"], 4),
-        "plain_over_plain_cold_total": round(total["Q cold"] / total["P cold"], 4),
-        "publisher_over_plain_step": round(steps["A"] / steps["P"], 4),
-        "plain_over_plain_step": round(steps["Q"] / steps["P"], 4),
-        "while_b_fetches_ms": while_serving,
+        "steady_step_ms": steps,
+        "steady_step_over_plain": {name: round(each / steps["P"], 4) for name, each in steps.items()},
+        "while_b_fetches_ms": {name: median_ms(values) for name, values in busy.items()},
         "identical_fetched_and_local_hit": f"{sum(same)}/{len(same)}",
         "identical_control_cold_and_local_hit_without_connector": f"{sum(control)}/{len(control)}",
         "external_tokens": min(each.external_tokens or 0 for each in answers["B fetched"]),
     }
 
 
-def main() -> None:
+def started(
+    host: ReplicaHost, model: Path, scratch: Path, size: ModelSize, prefix: int, *, graphs: bool
+) -> tuple[dict[str, Replica], bool]:
+    """Start the replicas, without CUDA graphs if they do not start with them; return also whether they have some."""
+    try:
+        return start(host, model, scratch, size, prefix, graphs=graphs), graphs
+    except ReplicaError as error:
+        if not graphs:
+            raise
+        print(f"without CUDA graphs, since: {str(error)[-800:]}", file=sys.stderr)
+        host.stop_all()
+        return start(host, model, scratch, size, prefix, graphs=False), False
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b", help="of the model (default 1b)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--prompts", type=int, default=12, help="prompts (default 12)")
     parser.add_argument("--prefix", type=int, default=15_000, help="tokens of the prefix (default 15,000)")
     parser.add_argument("--models", type=Path, help="directory that keeps the checkpoint for the next run")
     parser.add_argument("--logs", type=Path, help="directory for what the replicas print")
     parser.add_argument("--quick", action="store_true", help="the tiny model, a short prefix and three prompts")
-    args = parser.parse_args()
-    size, prefix, count = (TINY_MODEL, 2048, 3) if args.quick else (MODEL_1B, args.prefix, args.prompts)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    size, prefix, count = (TINY_MODEL, 2048, 3) if args.quick else (SHAPES[args.shape], args.prefix, args.prompts)
     answers: Answers = {}
     with (
         tempfile.TemporaryDirectory(prefix="kvmarket-bench-") as name,
         ReplicaHost(preload=False, log_dir=args.logs) as host,
     ):
-        model = write_model(args.models or Path(name), size)
-        replicas = start(host, model, Path(name), size, prefix)
+        model = write_model(args.models or Path(name), size, weights=size is not MODEL_8B)
+        replicas, graphs = started(host, model, Path(name), size, prefix, graphs=not args.eager)
         for seed in range(count + WARM_UP):
-            played = play(replicas, seed, prefix)
+            played = play(replicas, seed, prefix, size)
             for phase, generation in played.items() if seed >= WARM_UP else ():
                 answers.setdefault(phase, []).append(generation)
             print(f"  {seed + 1}/{count + WARM_UP}", end="\r", file=sys.stderr, flush=True)
-        busy = busy_rounds(replicas, max(2, count // 2), prefix)
+        steady, steady_hooks = steady_rounds(replicas, max(2, count // 2), size)
+        busy = busy_rounds(replicas, max(2, count // 2), prefix, size)
         counters = replicas["B"].counters()
         transport = carried_by(replicas["B"])
-    result = summary(answers, busy)
+    result = summary(answers, busy, steady)
+    result["steady_hook_us_per_step"] = steady_hooks
+    result["steady_hooks_over_step"] = round(sum(steady_hooks.values()) / 1e3 / result["steady_step_ms"]["A"], 4)
     loads = max(counters["vllm:kvmarket_loads"], 1)
     result["load_ms_mean"] = round(1e3 * counters["vllm:kvmarket_load_seconds"] / loads, 3)
     result |= {"transport": transport, "prefix_tokens": prefix, "kv_mib": prefix * size.kv_bytes_per_token(2) >> 20}
-    result |= {"model_parameters": size.num_parameters, "prompts": count}
+    result |= {"model_parameters": size.num_parameters, "prompts": count, "cuda_graphs": graphs}
     for phase, values in result["phases"].items():
         print(f"{phase:10}", *(f"{key} {value:>9.2f}" for key, value in values.items()))
     for key, value in result.items():

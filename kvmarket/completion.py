@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError
@@ -42,21 +41,14 @@ def completion(after: Any) -> Callable[[], bool]:
     raise InvalidInputError(f"expected a CUDA event or stream of torch or cupy, not {type(after).__name__}")
 
 
-def has_ended(after: Callable[[], bool], given_up: Callable[[], bool]) -> bool:
-    """Wait for kernels; False when they do not end in time, fail, or nobody is interested any more.
+def has_ended(after: Callable[[], bool]) -> bool | None:
+    """Ask whether kernels have ended: True, None while they run, False when they failed.
 
     Args:
         after: what `completion` returned.
-        given_up: True once nobody is interested.
     """
-    limit, pause = time.monotonic() + KERNELS_S_MAX, POLL_S
     try:
-        while not after():
-            if given_up() or time.monotonic() > limit:
-                return False
-            time.sleep(pause)
-            pause = min(2 * pause, POLL_S_MAX)
+        return True if after() else None
     except RuntimeError as error:  # what torch and cupy make of CUDA's errors
         events.warning("kernels_failed", "blocks are not announced, their kernels failed", error=error)
         return False
-    return True

@@ -61,10 +61,12 @@ class Metrics:
 
     Attributes:
         timed: somebody exports, so `observe` is worth calling; false costs whoever asks one look at an attribute.
+        changes: grows whenever something is counted: who looks at every step sees that there is nothing new.
     """
 
     def __init__(self) -> None:
         self.timed = False
+        self.changes = 0
         self._lock = threading.Lock()
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._values: dict[str, set[str]] = {}
@@ -76,6 +78,7 @@ class Metrics:
     def add(self, **amounts: float) -> None:
         """Add to counters; they start at 0."""
         with self._lock:
+            self.changes += 1
             for name, amount in amounts.items():
                 self._counts[name] += amount
 
@@ -86,11 +89,13 @@ class Metrics:
     def add_labelled(self, name: str, label: str, value: str, amount: float = 1) -> None:
         """Add to ``name{label=value}``; of one name's values at most `LABEL_VALUES_MAX` are told apart."""
         with self._lock:
+            self.changes += 1
             self._counts[labelled(name, label, self._known(name, value))] += amount
 
     def add_read(self, transport: str, path: str, nbytes: int, tier: str, blocks: int) -> None:
         """Count one read from a peer, by what carried it and what held it: one call, since every read makes it."""
         with self._lock:
+            self.changes += 1
             counts = self._counts
             names = self._read_names.get((transport, path, tier)) or self._name_read(transport, path, tier)
             by_transport, by_transport_bytes, by_path, by_path_bytes, by_tier = names

@@ -10,14 +10,12 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmarket.backlog import Backlog
-from kvmarket.completion import completion, has_ended
-from kvmarket.digest import page_digests
+from kvmarket.completion import completion
 from kvmarket.errors import (
     DeadlineExceededError,
     KVMarketError,
@@ -26,11 +24,13 @@ from kvmarket.errors import (
     RegistryUnavailableError,
 )
 from kvmarket.logs import Log
+from kvmarket.pending import Pending
+from kvmarket.publish_job import Job, digests_of
 from kvmarket.region.generations import readable
 from kvmarket.registry.records import RECORD, make_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from kvmarket.deadline import Deadline
     from kvmarket.identity import Namespace, OwnerInfo
@@ -44,21 +44,6 @@ BATCH_PAGES = 256
 """Pages announced per registry transaction."""
 QUEUE_MAX = 1024
 """Batches waiting for the announcing thread; more are dropped and counted, they are only lost hits."""
-
-
-@dataclass
-class _Job:
-    """Blocks to announce, or (without `generations`) to withdraw.
-
-    With `after` the pages are not readable yet: `generations` are those under which they are reserved until then.
-    """
-
-    keys: list[bytes]
-    pages: np.ndarray
-    generations: np.ndarray | None
-    done: Future[int] | None = None
-    after: Callable[[], bool] | None = None
-    digests: list[bytes] | None = None
 
 
 class Publisher:
@@ -82,10 +67,11 @@ class Publisher:
         self._lock = threading.Lock()
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
-        self._queue: queue.Queue[_Job | None] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.Queue[Job | None] = queue.Queue(QUEUE_MAX)
         self._closed = False
         self._failed_before = False
-        self._backlog: Backlog[_Job] = Backlog()
+        self._backlog: Backlog[Job] = Backlog()
+        self._pending: Pending[Job] = Pending()
         self._thread = threading.Thread(target=self._run, name="kvmarket-announce", daemon=True)
         self._thread.start()
 
@@ -93,7 +79,7 @@ class Publisher:
     def waiting(self) -> dict[str, int]:
         """How much waits for the announcing thread and for the registry, in batches, and what is offered, in blocks."""
         return {
-            "announce_queue": self._queue.qsize(),
+            "announce_queue": self._queue.qsize() + len(self._pending),
             "announce_backlog": len(self._backlog),
             "offered_blocks": len(self._page_of),
         }
@@ -127,9 +113,12 @@ class Publisher:
         *,
         wait: bool = False,
         after: Any = None,
+        delay_s: float = 0.0,
         digests: Sequence[bytes] | None = None,
     ) -> Future[int] | None:
-        """Make `pages` readable as the blocks `keys`; their bytes must be final. Announced soon after, in order.
+        """Make `pages` readable as the blocks `keys`; their bytes must be final. Announced soon after.
+
+        What waits for kernels or for its time is not waited for by what was offered later.
 
         Args:
             keys: registry keys, see `kvmarket.registry.block_keys`; blocks that are offered already are left alone.
@@ -137,7 +126,8 @@ class Publisher:
             wait: return a future of the number of blocks announced; it cannot be cancelled.
             after: the bytes are final once this has passed (see `kvmarket.completion`): a CUDA event behind the kernels
                 that fill the pages, or their stream. The pages become readable then, unless they are retracted first.
-            digests: of the pages, where they are known; not with `after`.
+            delay_s: with `after`: not before this many seconds from now.
+            digests: of the pages, where they are known. Readers refuse a page whose bytes have another.
         """
         ended = None if after is None else completion(after)
         done: Future[int] | None = None
@@ -147,24 +137,34 @@ class Publisher:
         with self._lock:
             if self._closed:
                 raise MarketClosedError("this marketplace is closed")
-            offered = dict(zip(keys, pages, strict=True))
-            fresh = [(key, page) for key, page in offered.items() if key not in self._page_of]
-            numbers = self._region.page_numbers([page for _, page in fresh])
-            for key, page in fresh:
-                previous = self._key_of.get(page)
-                if previous is not None:
-                    del self._page_of[previous]
-                self._key_of[page], self._page_of[key] = key, page
+            fresh = self._enter(dict(zip(keys, pages, strict=True)))
+            numbers = self._region.page_numbers(list(fresh.values()))
             table = self._region.generations
             generations = table.validate(numbers) if ended is None else table.reserve(numbers)
-            job = _Job([key for key, _ in fresh], numbers, generations, done, ended)
+            job = Job(list(fresh), numbers, generations, done, ended, delay_s)
             if digests is not None:
                 known = dict(zip(keys, digests, strict=True))
                 job.digests = [known[key] for key in job.keys]
             self._put(job)
         return done
 
-    def _take_back(self, job: _Job) -> None:
+    def _enter(self, offered: dict[bytes, int]) -> dict[bytes, int]:
+        """Note which page is which block, but for those that are offered already; return the others. Lock held."""
+        if not self._page_of.keys().isdisjoint(offered):
+            offered = {key: page for key, page in offered.items() if key not in self._page_of}
+        by_page = dict(zip(offered.values(), offered, strict=True))
+        if len(by_page) == len(offered) and self._key_of.keys().isdisjoint(by_page):  # as ever in an engine
+            self._key_of |= by_page
+            self._page_of |= offered
+            return offered
+        for key, page in offered.items():
+            previous = self._key_of.get(page)
+            if previous is not None:
+                del self._page_of[previous]
+            self._key_of[page], self._page_of[key] = key, page
+        return offered
+
+    def _take_back(self, job: Job) -> None:
         """Make pages whose announcement failed unreadable again, so that their blocks can be offered once more."""
         if job.generations is None:
             return
@@ -177,7 +177,7 @@ class Publisher:
             numbers = self._region.page_numbers(pages)
             keys = self._drop(numbers)
             if keys and not self._closed:
-                self._put(_Job(keys, numbers, None))
+                self._put(Job(keys, numbers, None))
 
     def forget_all(self, epoch: int | None = None) -> None:
         """Make every page unreadable and drop what was offered; `epoch` is the namespace's from now on."""
@@ -248,7 +248,7 @@ class Publisher:
         if job is not None and job.done is not None:
             job.done.set_exception(MarketClosedError("this marketplace was closed"))
 
-    def _put(self, job: _Job) -> None:
+    def _put(self, job: Job) -> None:
         try:
             self._queue.put_nowait(job)
         except queue.Full:
@@ -260,32 +260,45 @@ class Publisher:
     # ---- the announcing thread
 
     def _run(self) -> None:
-        while True:
-            try:
-                job = self._queue.get(timeout=self._backlog.wait_s)
-            except queue.Empty:
-                self._try_again()
-                continue
-            if job is None:
-                return
-            self._settle(job)
-            jobs = [job]
-            pages = len(job.keys)
-            stop = False
-            while pages < BATCH_PAGES and not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
-                    stop = True
-                    break
-                if following.after is not None:  # what is ready does not wait for a kernel
-                    self._work(jobs)
-                    jobs = []
-                    self._settle(following)
-                jobs.append(following)
-                pages += len(following.keys)
+        stop = False
+        while not stop:
+            jobs, stop = self._collect()
+            ended = [(job, False) for job in self._pending.take_all()] if stop else self._pending.take_ended()
+            for job, well in ended:
+                self._settle(job, ended=well)
+                jobs.append(job)
             self._work(jobs)
-            if stop:
-                return
+            if not stop and self._backlog.wait_s == 0:
+                self._try_again()
+
+    def _collect(self) -> tuple[list[Job], bool]:
+        """Return jobs that are ready, about a batch of them, and whether to stop; those that are not are put aside.
+
+        Waits for the first no longer than until something else is due.
+        """
+        jobs: list[Job] = []
+        pages = 0
+        due = [wait_s for wait_s in (self._backlog.wait_s, self._pending.wait_s) if wait_s is not None]
+        wait_s = min(due, default=None)
+        while pages < BATCH_PAGES:
+            if len(self._pending) >= QUEUE_MAX and not self._closed:  # once closed, all that came is answered
+                time.sleep(0.0 if jobs else wait_s or 0.0)
+                return jobs, False
+            try:
+                job = self._queue.get(timeout=wait_s)
+            except queue.Empty:
+                break
+            if job is None:
+                return jobs, True
+            wait_s = 0.0
+            if job.done is not None and not job.keys and self._pending:  # who flushes waits for all before it
+                job.after = self._pending.all_present()
+            if job.after is not None:
+                self._pending.add(job, job.after, job.delay_s)
+            else:
+                jobs.append(job)
+                pages += len(job.keys)
+        return jobs, False
 
     def _try_again(self) -> None:
         """Announce what the registry could not take, if it is back."""
@@ -299,20 +312,16 @@ class Publisher:
         for job in waiting:
             self._work([job])
 
-    def _settle(self, job: _Job) -> None:
-        """Wait until the pages of `job` are final, and make those readable that nobody retracted or offered anew."""
-        if job.after is None or job.generations is None:
-            return
-        ended = has_ended(job.after, lambda: self._closed)
+    def _settle(self, job: Job, *, ended: bool) -> None:
+        """Make those pages of `job` readable that are final now and that nobody retracted or offered anew."""
         with self._lock:
             if not ended:
                 self._take_back(job)
             reserved = self._region.generations.values[job.pages] == job.generations
-            rows = [i for i in np.flatnonzero(reserved).tolist() if self._page_of.get(job.keys[i]) == job.pages[i]]
-            job.keys, job.pages = [job.keys[i] for i in rows], job.pages[rows]
+            job.keep([i for i in np.flatnonzero(reserved).tolist() if self._page_of.get(job.keys[i]) == job.pages[i]])
             job.generations = self._region.generations.validate(job.pages)
 
-    def _work(self, jobs: list[_Job]) -> None:
+    def _work(self, jobs: list[Job]) -> None:
         """Do jobs in order; consecutive ones of one kind share a transaction."""
         start = 0
         for end in range(1, len(jobs) + 1):
@@ -331,7 +340,7 @@ class Publisher:
                 if job.done is not None:
                     job.done.set_result(announced)
 
-    def _failed(self, jobs: list[_Job], error: KVMarketError) -> None:
+    def _failed(self, jobs: list[Job], error: KVMarketError) -> None:
         """Keep for later what nobody waits for, if the registry is only away; take the rest back."""
         if not self._failed_before:
             events.warning("not_announced", "blocks are not announced", error=error)
@@ -347,14 +356,14 @@ class Publisher:
             if job.done is not None:
                 job.done.set_exception(error)
 
-    def _announce(self, jobs: list[_Job]) -> int:
+    def _announce(self, jobs: list[Job]) -> int:
         keys = [key for job in jobs for key in job.keys]
         if not keys:
             return 0
         epoch = self._epoch  # before the generations are looked at: who changes it invalidates them first
         pages = np.concatenate([job.pages for job in jobs])
         generations = np.concatenate([job.generations for job in jobs if job.generations is not None])
-        digests = self._digests(jobs, pages) if self._with_digests else None
+        digests = digests_of(jobs, self._region.pages) if self._with_digests else None
         # A page that changed while its digest was computed has another generation by now: leave it out.
         current = np.flatnonzero(self._region.generations.values[pages] == generations)
         keys = [keys[i] for i in current]
@@ -382,16 +391,7 @@ class Publisher:
         self._metrics.add(blocks_announced=len(keys))
         return len(keys)
 
-    def _digests(self, jobs: list[_Job], pages: np.ndarray) -> list[bytes]:
-        """Return the digests of all pages of `jobs`, computed unless they came with them."""
-        if all(job.digests is None for job in jobs):
-            return page_digests(self._region.pages, pages)
-        found: list[bytes] = []
-        for job in jobs:
-            found += page_digests(self._region.pages, job.pages) if job.digests is None else job.digests
-        return found
-
-    def _withdraw(self, jobs: list[_Job]) -> int:
+    def _withdraw(self, jobs: list[Job]) -> int:
         keys = []
         with self._lock:  # a block offered again since then keeps its newer record
             keys = [key for job in jobs for key in job.keys if key not in self._page_of]

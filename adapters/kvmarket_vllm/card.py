@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket_vllm.layout import storage_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 
 def card_pages(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[CudaPagedMemory, str]:
@@ -47,12 +46,6 @@ def _warm_up(pages: CudaPagedMemory) -> None:
 def launched_work() -> Any:
     """Return an event behind everything that this thread has launched so far, as vLLM does: on its current stream."""
     return torch.cuda.current_stream().record_event()
-
-
-def later(event: Any, seconds: float) -> Callable[[], bool]:
-    """Return what tells whether `event` has passed and that many seconds from now, too."""
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() >= end and bool(event.query())
 
 
 def behind_launched_work(pages: CudaPagedMemory) -> CudaPagedMemory:

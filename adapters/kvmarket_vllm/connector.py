@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from kvmarket_vllm.hook_time import HookTime, timed
 from kvmarket_vllm.identity import split_extra_config, unsupported
 from kvmarket_vllm.messages import StepPlan, WorkerFacts
 from kvmarket_vllm.scheduler import SchedulerRole
@@ -51,6 +52,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerRole | None = None
         self._worker: WorkerRole | None = None
         self._invalid: set[int] = set()
+        self.hook_time = HookTime("worker" if role == KVConnectorRole.WORKER else "scheduler")
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerRole(vllm_config, config, own, kv_cache_config, _worker_rank())
             return
@@ -88,12 +90,11 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Make the counters of vLLM's /metrics."""
         return MarketPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @timed
     def get_kv_connector_stats(self) -> MarketStats | None:
         """Return what happened since the last step."""
-        if self._worker is not None:
-            stats: MarketStats | None = self._worker.stats()
-            return stats
-        return self._scheduler.deltas.take() if self._scheduler is not None else None
+        role = self._worker or self._scheduler
+        return role.stats(self.hook_time) if role is not None else None
 
     def shutdown(self) -> None:
         """Take everything back; peers miss from here on."""
@@ -121,6 +122,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Tell the scheduler role what this rank's pages are."""
         return self._worker.facts if self._worker is not None else None
 
+    @timed
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Before the forward: make unreadable what it overwrites. Old versions pass a set here and bind the plan."""
         if self._worker is None:
@@ -129,6 +131,7 @@ class KVMarketConnector(KVConnectorBase_V1):
         if plan is not None:
             self._worker.before_forward(plan)
 
+    @timed
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads."""
         del forward_context, kwargs
@@ -142,21 +145,24 @@ class KVMarketConnector(KVConnectorBase_V1):
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing is saved: peers read the KV cache itself."""
 
+    @timed
     def wait_for_save(self) -> None:
         """After the forward: offer the blocks it completed."""
         plan = self._plan()
         if self._worker is not None and plan is not None:
             self._worker.after_forward(plan)
 
+    @timed
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests whose loads are over."""
-        del finished_req_ids
         plan = self._plan()
         if self._worker is None or plan is None:
             return None, None
-        done, self._invalid = self._worker.finished(plan)
+        self.hook_time.steps += 1
+        done, self._invalid = self._worker.finished(plan, finished_req_ids)
         return None, done or None
 
+    @timed
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks of the loads just reported that were not loaded; vLLM computes them."""
         invalid, self._invalid = self._invalid, set[int]()
@@ -182,20 +188,25 @@ class KVMarketConnector(KVConnectorBase_V1):
         if self._scheduler is not None:
             self._scheduler.bind_pool(gpu_block_pool)
 
+    @timed
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens peers hold beyond the local ones."""
         return self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else (0, False)
 
+    @timed
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Start what was promised."""
         if self._scheduler is not None:
             groups = blocks.get_block_ids()
             self._scheduler.allocated(request, list(groups[0]) if groups else [], num_external_tokens)
 
+    @timed
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         """Plan the step."""
+        self.hook_time.steps += 1
         return self._scheduler.plan_step(scheduler_output) if self._scheduler is not None else StepPlan()
 
+    @timed
     def update_connector_output(self, connector_output: Any) -> None:
         """Learn which loads are over."""
         if self._scheduler is not None:
@@ -203,6 +214,7 @@ class KVMarketConnector(KVConnectorBase_V1):
                 set(connector_output.finished_recving or ()), set(connector_output.invalid_block_ids or ())
             )
 
+    @timed
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Free the blocks now: their content stays readable until they are used again."""
         del block_ids

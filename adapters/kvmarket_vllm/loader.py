@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmarket.core import MarketCore
+    from kvmarket.outcome import Outcome
     from kvmarket.region import PagedMemory
+    from kvmarket.registry import LookupResult
     from kvmarket_vllm.messages import Load, Rank
     from kvmarket_vllm.stats import Deltas
 
@@ -64,6 +66,7 @@ class Loader:
         self._changed = threading.Condition()
         self._running = 0
         self._finished: set[str] = set()
+        self._digests: dict[str, list[bytes]] = {}
         self._invalid: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="kvmarket-load", daemon=True)
         self._thread.start()
@@ -81,7 +84,12 @@ class Loader:
         try:
             self._queue.put_nowait((load, pages, deadline))
         except queue.Full:
-            self._report(load, 0)
+            self._report(load, 0, [])
+
+    @property
+    def busy(self) -> bool:
+        """True while a load runs, or has ended and was not taken; False in most steps, which can do without a lock."""
+        return bool(self._running or self._finished)
 
     def take_finished(self, *, wait: bool) -> tuple[set[str], set[int]]:
         """Return finished request ids, each once, and the blocks that were not loaded."""
@@ -92,6 +100,10 @@ class Loader:
             invalid, self._invalid = self._invalid, set()
         return finished, invalid
 
+    def take_digests(self, request_id: str) -> list[bytes]:
+        """Return the digests that a finished request's blocks were compared with, once; none if that is not certain."""
+        return self._digests.pop(request_id, [])
+
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             self._load(*item)
@@ -99,14 +111,14 @@ class Loader:
     def _load(self, load: Load, pages: PagedMemory, deadline: Deadline) -> None:
         began = time.perf_counter()
         found = load.found[self._rank]
-        blocks = 0
+        blocks, digests = 0, list[bytes]()
         try:
             targets = np.array(load.block_ids, np.int64)
             if found.blocks > len(targets):  # ranks may have found different lengths; all load the shortest
                 records = found.records[found.records["block"] < len(targets)]
                 found = replace(found, blocks=len(targets), records=records)
             outcome = self._core.fetcher.read(found, pages, targets, deadline)
-            blocks = outcome.blocks
+            blocks, digests = outcome.blocks, self._compared(found, outcome)
             for transfer in outcome.transfers:
                 self._deltas.add_labelled("tier_bytes", transfer.tier, transfer.nbytes)
             if blocks < len(targets):
@@ -119,9 +131,17 @@ class Loader:
             events.error("load_broke", "a load failed and is recomputed", error=repr(error), at=where(error))
             self._deltas.add(errors=1)
         self._deltas.add(load_seconds=time.perf_counter() - began)
-        self._report(load, blocks)
+        self._report(load, blocks, digests)
 
-    def _report(self, load: Load, blocks: int) -> None:
+    def _compared(self, wanted: LookupResult, outcome: Outcome) -> list[bytes]:
+        """Return the digest of every block, if each was compared with the only one that it is announced with."""
+        certain = self._pages.kind == "cuda" and self._core.fetcher.verify == "full"
+        if not certain or not outcome.blocks == outcome.blocks_verified == wanted.blocks == len(wanted.records):
+            return []
+        digests: list[bytes] = wanted.records["digest"].tolist()
+        return digests
+
+    def _report(self, load: Load, blocks: int, digests: list[bytes]) -> None:
         failed = load.block_ids[blocks:]
         nbytes = blocks * self._pages.layout.page_bytes
         tokens = blocks * self._core.namespace.spec.block_size
@@ -129,6 +149,8 @@ class Loader:
         with self._changed:
             self._running -= 1
             self._finished.add(load.request_id)
+            if digests:
+                self._digests[load.request_id] = digests
             self._invalid.update(failed)
             self._changed.notify_all()
 

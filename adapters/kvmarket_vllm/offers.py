@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmarket.registry.records import NOT_SEALED, block_key
+from kvmarket.registry.records import NOT_SEALED, block_key, block_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -126,13 +126,15 @@ class Offers:
         end = min(num_tokens // self._block_size, len(hashes), len(table))
         if table and table[0] in self._void:
             return
-        for index in range(self._seen.get(request_id, 0), end):
+        first = self._seen.get(request_id, 0)
+        keys = block_keys(hashes[:end], first, self.seal) if end - first > 1 else []
+        for index in range(first, end):
             block = table[index]
             if block in self._void:
                 return  # and so is all that follows
             if self._pool.blocks[block].block_hash != bytes(hashes[index]) + GROUP_SUFFIX:
                 return  # not final after this step (speculation, sampling under way): look again in the next one
-            key = block_key(hashes, index, self.seal)
+            key = keys[index - first] if keys else block_key(hashes, index, self.seal)
             if self._offered.get(block) != key:
                 self._offered[block] = key
                 if self._keeps:

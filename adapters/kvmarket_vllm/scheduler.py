@@ -26,10 +26,11 @@ from kvmarket_vllm.messages import Load, Rank, StepPlan, WorkerFacts
 from kvmarket_vllm.offers import Offers
 from kvmarket_vllm.opening import Opening
 from kvmarket_vllm.resets import Resets
-from kvmarket_vllm.stats import Deltas
+from kvmarket_vllm.stats import Deltas, MarketStats
 
 if TYPE_CHECKING:
     from kvmarket.config import MarketConfig
+    from kvmarket_vllm.hook_time import HookTime
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -198,13 +199,19 @@ class SchedulerRole:
         cores = self._cores()
         plan, self._plan = self._plan, StepPlan()
         plan.root = self._root
-        if self._epoch_moved(cores or {}):
+        # A step that only goes on decoding, and completes no block, can do without knowing the epoch.
+        begins = bool(output.scheduled_new_reqs or plan.loads)
+        if begins and self._epoch_moved(cores or {}):
             plan.forget = True
             self._offers.void()
         if self._offers.pool_was_reset():
             plan.forget = True
             self._offers.clear()
         self._offers.step(output, self._requests, plan)
+        if plan.publish and not begins and self._epoch_moved(cores or {}):
+            plan.forget = True
+            plan.publish.clear()  # it was computed from what all are to forget
+            self._offers.void()
         if self._resets.owed:
             plan.publish.clear()  # it would be published as what all are about to forget, or are not told to
             self._offers.void()
@@ -246,6 +253,11 @@ class SchedulerRole:
         self._lookups.forget(request_id)
 
     # ---- the rest
+
+    def stats(self, hook_time: HookTime) -> MarketStats | None:
+        """Return what happened since the last step."""
+        hook_time.tell(self.deltas)
+        return self.deltas.take()
 
     def reset(self) -> bool:
         """Make all processes of the namespace forget everything (weights changed)."""

@@ -32,6 +32,8 @@ COUNTERS = {
     "errors": "unexpected errors, each turned into a recompute",
 }
 LABELLED = {
+    "hook_steps": ("role", "engine steps that the connector took part in, by its role"),
+    "hook_seconds": ("role", "seconds of the engine's thread spent in the connector's hooks, by its role"),
     "misses": ("reason", "look-ups that ended before the prompt did, by reason"),
     "blocks_refused": ("reason", "blocks read and discarded, by reason"),
     "arena_evicted": ("reason", "kept blocks that left the host arena, by reason"),
@@ -73,6 +75,10 @@ class Deltas:
         self._delta: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
 
+    def __bool__(self) -> bool:
+        """True when something happened since the last step."""
+        return bool(self._delta)
+
     def add(self, **amounts: float) -> None:
         """Add to counters of `COUNTERS`."""
         with self._lock:
@@ -85,9 +91,9 @@ class Deltas:
 
     def take(self) -> MarketStats | None:
         """Return the deltas and start again, or None when nothing happened."""
+        if not self._delta:  # what is being added now is told next time
+            return None
         with self._lock:
-            if not self._delta:
-                return None
             data, self._delta = dict(self._delta), Counter()
             return MarketStats(data=data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvmarket.core import MarketCore
 from kvmarket.errors import InvalidInputError, KVMarketError, MissingExtraError, RegistrationError, TransportError
 from kvmarket.spec import KVCacheSpec
-from kvmarket_vllm.card import behind_launched_work, card_pages, later, launched_work
+from kvmarket_vllm.card import behind_launched_work, card_pages, launched_work
+from kvmarket_vllm.fetched import Fetched
 from kvmarket_vllm.identity import engine_facts, hash_algorithm, namespace, unsupported
 from kvmarket_vllm.keeping import Kept
 from kvmarket_vllm.layout import kv_dtype, paged_memory
@@ -24,14 +26,17 @@ from kvmarket_vllm.stats import Deltas
 from kvmarket_vllm.weights import model_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
     from kvmarket.config import MarketConfig
+    from kvmarket.metrics import Metrics
     from kvmarket.publish import Publisher
     from kvmarket.region import LentRegion, PagedMemory, SharedMemory
     from kvmarket.region.cuda import CudaPagedMemory
+    from kvmarket_vllm.hook_time import HookTime
+    from kvmarket_vllm.stats import MarketStats
 
 logger = logging.getLogger("vllm.kvmarket")
 
@@ -40,6 +45,9 @@ _COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
 FETCHED_LATER_S = 0.1
 """Blocks that were fetched are offered this much later, on a card: digesting and announcing them takes the engine's
 time while it computes the first token, and whom they came from has them still."""
+FEW_BLOCKS, FEW_TOGETHER_S = 16, 0.1
+"""On a card, what steps complete of so few blocks, as in decoding, is offered together, ten times a second: each time
+takes the engine's time, and nobody asks for the end of an answer that soon."""
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 _COUNTED_KEPT = ("disk_blocks_written", "disk_blocks_promoted", "disk_errors")
 
@@ -74,12 +82,6 @@ class _Market:
         self.core.close()
 
 
-def _offer(publisher: Publisher, blocks: Sequence[tuple[bytes, int]], after: Any) -> None:
-    if blocks:
-        keys, pages = zip(*blocks, strict=True)
-        publisher.offer(keys, pages, after=after)
-
-
 class WorkerRole:
     """State of one rank's connector. Used from the worker's thread only."""
 
@@ -95,8 +97,9 @@ class WorkerRole:
         self._facts: WorkerFacts | None = None
         self._opening: Opening[_Market] | None = None
         self._counted: dict[str, float] = {}
+        self._changes: dict[tuple[str, ...], int] = {}
         self._lost: list[Load] = []
-        self._fetched: set[int] = set()
+        self._fetched = Fetched()
         self.deltas = Deltas()
         if self._on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
             self._allocation.span_until_registered()
@@ -197,38 +200,68 @@ class WorkerRole:
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start this step's loads; small ones of an otherwise idle step are done when it returns."""
+        if not plan.loads:
+            return
         market = self._market(plan.root)
         for load in plan.loads:
             if market is None:
                 self._lost.append(load)
             else:
-                self._fetched.update(load.block_ids)
+                self._fetched.started(load.request_id, load.block_ids)
                 market.loader.start(load, inline=plan.idle and market.core.registry.local)
 
     def after_forward(self, plan: StepPlan) -> None:
         """Offer the blocks that this step completes: on a card, once its kernels have ended."""
+        if not plan.publish:
+            return
         market = self._market(plan.root)
         private = self._on_host and not self._shared
-        if market is not None and market.publisher is not None and plan.publish and not private:
-            if market.region is not None and market.region.pages.kind == "cuda":
-                ended = launched_work()
-                computed = [each for each in plan.publish if each[1] not in self._fetched]
-                fetched = [each for each in plan.publish if each[1] in self._fetched]
-                self._fetched.difference_update(block for _, block in fetched)
-                _offer(market.publisher, computed, ended)
-                _offer(market.publisher, fetched, later(ended, FETCHED_LATER_S))
-            else:
-                _offer(market.publisher, plan.publish, None)
-            self.deltas.add(blocks_offered=len(plan.publish))
+        if market is None or market.publisher is None or market.region is None or private:
+            return
+        if market.region.pages.kind == "cuda":
+            self._offer_behind(market.publisher, plan.publish, launched_work())
+        else:
+            keys, pages = zip(*plan.publish, strict=True)
+            market.publisher.offer(keys, pages)
+        self.deltas.add(blocks_offered=len(plan.publish))
 
-    def finished(self, plan: StepPlan) -> tuple[set[str], set[int]]:
-        """Return the requests whose loads are over, each once, and the blocks among them that were not loaded."""
+    def _offer_behind(self, publisher: Publisher, blocks: list[tuple[bytes, int]], ended: Any) -> None:
+        """Offer what the engine has launched, and later what it fetched, whose digests may be known already."""
+        soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(blocks) <= FEW_BLOCKS else 0.0
+        if not self._fetched:
+            keys, pages = zip(*blocks, strict=True)
+            publisher.offer(keys, pages, after=ended, delay_s=soon_s)
+            return
+        computed: list[tuple[bytes, int, bytes]] = []
+        known, unknown = computed.copy(), computed.copy()
+        for key, page in blocks:
+            digest = self._fetched.take(page)
+            some = computed if digest is None else known if digest else unknown
+            some.append((key, page, digest or b""))
+        for some, delay_s in ((computed, soon_s), (known, FETCHED_LATER_S), (unknown, FETCHED_LATER_S)):
+            if some:
+                keys, pages, digests = zip(*some, strict=True)
+                publisher.offer(keys, pages, after=ended, delay_s=delay_s, digests=digests if some is known else None)
+
+    def finished(self, plan: StepPlan, over: set[str]) -> tuple[set[str], set[int]]:
+        """Return the requests whose loads are over, each once, and the blocks among them that were not loaded.
+
+        Args:
+            plan: this step's.
+            over: requests that ended since the last step.
+        """
+        if over:
+            self._fetched.forget_requests(over)
+        if not self._lost and not (self.market is not None and self.market.loader.busy):
+            return set(), set()
         ids = {load.request_id for load in self._lost}
         invalid = {block for load in self._lost for block in load.block_ids}
         self._lost.clear()
         market = self._market(plan.root)
         if market is not None:
             done, failed = market.loader.take_finished(wait=plan.idle)
+            for request_id in done:
+                self._fetched.loaded(request_id, market.loader.take_digests(request_id))
             ids |= done
             invalid |= failed
         return ids, invalid
@@ -238,23 +271,27 @@ class WorkerRole:
         """The open market, or None while there is none."""
         return self._opening.get() if self._opening is not None else None
 
-    def stats(self) -> Any:
+    def stats(self, hook_time: HookTime) -> MarketStats | None:
         """Return this step's deltas."""
         market = self.market
         if market is not None:
-            counts = market.core.metrics.snapshot()
-            self._count({k: v for k, v in counts.items() if k in _COUNTED or k.startswith(_COUNTED_BY)})
+            self._count(market.core.metrics, _COUNTED, _COUNTED_BY)
             if market.kept is not None:
-                kept = market.kept.core.metrics.snapshot()
-                self._count({k: v for k, v in kept.items() if k in _COUNTED_KEPT or k.startswith("arena_evicted{")})
+                self._count(market.kept.core.metrics, _COUNTED_KEPT, ("arena_evicted{",))
+        hook_time.tell(self.deltas)
         return self.deltas.take()
 
-    def _count(self, counts: dict[str, float]) -> None:
+    def _count(self, metrics: Metrics, names: tuple[str, ...], prefixes: tuple[str, ...]) -> None:
         """Add what has grown since the last step; no counter comes from two sources."""
-        for name, value in counts.items():
-            if delta := value - self._counted.get(name, 0):
-                self.deltas.add(**{name: delta})
-            self._counted[name] = value
+        changes = metrics.changes  # before the look at the counters: what comes between is seen next time
+        if self._changes.get(names) == changes:
+            return
+        self._changes[names] = changes
+        for name, value in metrics.snapshot().items():
+            if name in names or name.startswith(prefixes):
+                if delta := value - self._counted.get(name, 0):
+                    self.deltas.add(**{name: delta})
+                self._counted[name] = value
 
     def _market(self, root: bytes) -> _Market | None:
         if self._opening is None:

@@ -65,8 +65,14 @@ def wait_announced(replica: Replica, blocks: float) -> None:
     deadline = time.monotonic() + ANNOUNCE_WAIT_S
     while replica.call("kvmarket_vllm.inspect:announced_blocks") < blocks:
         if time.monotonic() > deadline:
-            raise TimeoutError("the publisher has not announced its blocks\n" + replica.log_tail())
+            raise TimeoutError(f"{blocks:.0f} blocks were not announced: {_announcing(replica)}\n{replica.log_tail()}")
         time.sleep(0.005)
+
+
+def _announcing(replica: Replica) -> str:
+    waiting = replica.call("kvmarket_vllm.inspect:waiting")
+    counted = {name: value for name, value in replica.counters().items() if "kvmarket" in name and value}
+    return f"waiting {waiting}, counted {counted}"
 
 
 def play_round(

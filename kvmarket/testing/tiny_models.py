@@ -84,7 +84,7 @@ TINY_MODEL = ModelSize("tiny", 256, 640, 4, 8, 2, 32)
 BENCH_MODEL = ModelSize("bench", 1024, 2816, 12, 16, 4, 64)
 
 
-def write_model(root: str | os.PathLike[str], size: ModelSize, *, seed: int = 0) -> Path:
+def write_model(root: str | os.PathLike[str], size: ModelSize, *, seed: int = 0, weights: bool = True) -> Path:
     """Write the checkpoint of ``size`` under ``root`` unless it is there, and return its directory.
 
     The directory's name carries a digest of size, seed and recipe, so a later call with the same
@@ -95,6 +95,7 @@ def write_model(root: str | os.PathLike[str], size: ModelSize, *, seed: int = 0)
         root: Directory for checkpoints; created if absent.
         size: Dimensions of the model.
         seed: Seed of the weights. Another seed gives an unrelated model of equal shape.
+        weights: False writes the configuration only, for engines that make up weights themselves.
 
     Returns:
         The directory with ``config.json`` and ``model.safetensors`` (bfloat16 weights).
@@ -103,14 +104,15 @@ def write_model(root: str | os.PathLike[str], size: ModelSize, *, seed: int = 0)
         OSError: The directory cannot be written.
     """
     key = json.dumps([_RECIPE, seed, asdict(size)], sort_keys=True).encode()
-    target = Path(root) / f"{size.name}-{hashlib.sha256(key).hexdigest()[:12]}"
+    target = Path(root) / f"{size.name}-{hashlib.sha256(key).hexdigest()[:12]}{'' if weights else '-bare'}"
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         staged = Path(scratch) / "model"
         staged.mkdir()
-        _write_weights(staged / "model.safetensors", size, seed)
+        if weights:
+            _write_weights(staged / "model.safetensors", size, seed)
         (staged / "config.json").write_text(json.dumps(_config(size), indent=1, sort_keys=True))
         try:
             staged.rename(target)

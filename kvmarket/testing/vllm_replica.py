@@ -185,8 +185,8 @@ class ReplicaHost:
         replica.wait_ready(timeout_s=timeout_s)
         return replica
 
-    def close(self) -> None:
-        """Stop all replicas and the server. Idempotent."""
+    def stop_all(self) -> None:
+        """Stop all replicas, by force if need be; others can be started then."""
         for replica in self._replicas:
             if replica.alive:
                 replica.kill(signal.SIGCONT)
@@ -194,6 +194,10 @@ class ReplicaHost:
                     replica.stop(timeout_s=5.0)
             replica.close()
         self._replicas.clear()
+
+    def close(self) -> None:
+        """Stop all replicas and the server. Idempotent."""
+        self.stop_all()
         self._channel.close()
         try:
             self._server.wait(timeout=10.0)

@@ -47,6 +47,20 @@ def test_blocks_go_from_card_to_card_and_tokens_do_not_change(fleet, pair, truth
     assert publisher.call("card_on_host:seen")["published_behind"] >= 4
 
 
+def test_the_time_of_hooks_is_counted_step_by_step_and_told(pair):
+    publisher, _ = pair
+    before = publisher.call("kvmarket_vllm.inspect:hook_times")
+    publisher.generate(prompts(1, 8900), max_tokens=64)
+    after = publisher.call("kvmarket_vllm.inspect:hook_times")
+    counters = publisher.counters()
+    assert set(after) == {"scheduler", "worker"}
+    for role, (steps, seconds) in after.items():
+        assert 64 <= steps - before[role][0] <= 70
+        assert 0 < seconds - before[role][1] < 5
+        assert 0 < counters[f"vllm:kvmarket_hook_steps{{role={role}}}"] <= steps
+        assert 0 < counters[f"vllm:kvmarket_hook_seconds{{role={role}}}"] <= seconds
+
+
 def test_blocks_are_readable_only_when_their_kernels_have_ended(fleet, pair, truth):
     publisher, reader = pair
     (asked,) = prompts(1, 8200)

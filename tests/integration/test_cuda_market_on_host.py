@@ -11,7 +11,9 @@ from kvmarket.arena_publish import ArenaPublisher
 from kvmarket.completion import completion
 from kvmarket.config import MarketConfig
 from kvmarket.deadline import Deadline
-from kvmarket.errors import InvalidInputError, MissingExtraError
+from kvmarket.digest import page_digests
+from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError, MissingExtraError
+from kvmarket.publish import QUEUE_MAX
 from kvmarket.reach import make_transports
 from kvmarket.region.pages import PagedMemory
 from kvmarket.report import MissReason
@@ -178,6 +180,66 @@ def test_blocks_ahead_of_a_kernel_do_not_wait_for_it(offered):
     assert behind.result(5) == 1
 
 
+def test_blocks_behind_a_kernel_do_not_wait_for_it(offered):
+    _, publisher, _ = offered
+    kernel = Kernel()
+    slow = publisher.offer(KEYS[:1], [0], after=kernel, wait=True)
+    assert publisher.offer(KEYS[1:2], [1], after=lambda: True, wait=True).result(5) == 1
+    assert publisher.offer(KEYS[2:3], [2], wait=True).result(5) == 1
+    assert not slow.done()
+    kernel.ended.set()
+    assert slow.result(5) == 1
+
+
+def test_a_flush_waits_for_kernels_of_what_was_offered_before_it_and_for_no_other(offered):
+    _, publisher, _ = offered
+    before, behind = Kernel(), Kernel()
+    slow = publisher.offer(KEYS[:1], [0], after=before, wait=True)
+    flushed = publisher.offer([], [], wait=True)
+    publisher.offer(KEYS[1:2], [1], after=behind)
+    time.sleep(0.05)
+    assert not flushed.done()
+    before.ended.set()
+    flushed.result(5)
+    assert slow.result(0) == 1
+
+
+def test_a_delayed_block_is_neither_readable_nor_asked_about_before_its_time(offered):
+    region, publisher, _ = offered
+    asked = []
+    began = time.monotonic()
+    delayed = publisher.offer(KEYS[:1], [0], after=lambda: not asked.append(time.monotonic()), delay_s=0.2, wait=True)
+    assert publisher.offer(KEYS[1:2], [1], after=lambda: True, wait=True).result(5) == 1
+    assert time.monotonic() - began < 0.2
+    assert generations(region, [0])[0] % 2 == 1
+    assert delayed.result(5) == 1
+    assert len(asked) == 1
+    assert asked[0] - began >= 0.2
+
+
+def test_known_digests_are_announced_for_the_pages_that_are_left(offered, api):
+    """They are those of what a reader verified; a page retracted meanwhile takes its own along, and no other's."""
+    region, publisher, core = offered
+    kernel = Kernel()
+    digests = page_digests(region.pages, np.arange(3))
+    announced = publisher.offer(
+        KEYS[:3], [0, 1, 2], after=kernel, digests=[digests[0], bytes(16), digests[2]], wait=True
+    )
+    publisher.retract([1])
+    assert publisher.offer(KEYS[1:2], [1], wait=True).result(5) == 1
+    kernel.ended.set()
+    assert announced.result(5) == 2
+    assert fetch(core, pages_on(api, 3)).blocks == 3
+
+
+def test_a_wrong_digest_is_refused_by_readers(offered, api):
+    region, publisher, core = offered
+    digests = page_digests(region.pages, np.arange(3))
+    swapped = [digests[0], digests[2], digests[1]]
+    assert publisher.offer(KEYS[:3], [0, 1, 2], after=lambda: True, digests=swapped, wait=True).result(5) == 3
+    assert fetch(core, pages_on(api, 3)).blocks == 1
+
+
 def test_a_kernel_that_fails_publishes_nothing_and_the_block_may_come_again(offered):
     region, publisher, _ = offered
 
@@ -197,6 +259,20 @@ def test_closing_does_not_wait_for_a_kernel_that_never_ends(offered):
     core.close()
     assert time.monotonic() - began < 3
     assert generations(region, [0])[0] % 2 == 1
+
+
+def test_closing_answers_everybody_when_as_much_waits_as_may(offered):
+    """What waits for kernels is bounded, and so is the queue behind it; nobody is left waiting for either."""
+    _, publisher, core = offered
+    kernel = Kernel()
+    waiting = [publisher.offer(KEYS[:1], [0], after=kernel, wait=True)]
+    for _ in range(2 * QUEUE_MAX):
+        publisher.retract([0])
+        waiting.append(publisher.offer(KEYS[:1], [0], after=kernel, wait=True))
+    assert publisher.waiting["announce_queue"] <= 2 * QUEUE_MAX
+    core.close()
+    for future in waiting:
+        assert isinstance(future.exception(5), DeadlineExceededError | MarketClosedError | None)
 
 
 class Event:

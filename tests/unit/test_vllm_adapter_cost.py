@@ -1,0 +1,198 @@
+"""What the connector costs a step, and blocks between their load and their offer, without an engine."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.metrics")
+
+from kvmarket.digest import page_digests
+from kvmarket.metrics import Metrics
+from kvmarket.outcome import Outcome
+from kvmarket.pending import Pending
+from kvmarket.publish_job import Job, digests_of
+from kvmarket.region.pages import PagedMemory
+from kvmarket.registry import LookupResult
+from kvmarket.registry.records import make_records
+from kvmarket_vllm import hook_time
+from kvmarket_vllm.fetched import Fetched
+from kvmarket_vllm.hook_time import HookTime, timed
+from kvmarket_vllm.loader import Loader
+from kvmarket_vllm.stats import LABELLED, Deltas
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(hook_time, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
+    return clock
+
+
+class Connector:
+    def __init__(self):
+        self.hook_time = HookTime("worker")
+
+    @timed
+    def hook(self, clock, seconds, *, fail=False):
+        clock.now += seconds
+        if fail:
+            raise LookupError
+        return seconds
+
+
+def test_the_time_of_hooks_is_counted_when_they_fail_too(clock):
+    connector = Connector()
+    assert connector.hook(clock, 2.0) == 2.0
+    with pytest.raises(LookupError):
+        connector.hook(clock, 0.5, fail=True)
+    clock.now += 10
+    assert connector.hook_time.seconds == pytest.approx(2.5)
+
+
+def test_steps_in_which_nothing_happened_are_told_once_a_second(clock):
+    deltas, times = Deltas(), HookTime("worker")
+    told = []
+    for _ in range(40):
+        clock.now += 0.1
+        times.steps += 1
+        times.seconds += 0.001
+        times.tell(deltas)
+        told.append(deltas.take())
+    sent = [stats.data for stats in told if stats is not None]
+    assert 4 <= len(sent) <= 5
+    times.tell(deltas)
+    clock.now += 1
+    times.tell(deltas)
+    assert deltas.totals["hook_steps{role=worker}"] == 40
+    assert deltas.totals["hook_seconds{role=worker}"] == pytest.approx(0.04)
+    assert {"hook_steps", "hook_seconds"} <= LABELLED.keys()
+
+
+def test_a_step_in_which_something_happened_tells_its_time_at_once(clock):
+    deltas, times = Deltas(), HookTime("scheduler")
+    times.steps, times.seconds = 1, 0.25
+    times.tell(deltas)
+    deltas.take()
+    times.steps, times.seconds = 2, 0.75
+    deltas.add(loads=1)
+    times.tell(deltas)
+    assert deltas.take().data == {"loads": 1, "hook_steps{role=scheduler}": 1, "hook_seconds{role=scheduler}": 0.5}
+
+
+def test_counting_shows_without_a_look_at_the_counters():
+    metrics = Metrics()
+    seen = [metrics.changes]
+    metrics.add(lookups=1)
+    seen.append(metrics.changes)
+    metrics.add_reason("misses", "torn")
+    seen.append(metrics.changes)
+    metrics.add_read("shm", "mapped", 10, "engine", 1)
+    seen.append(metrics.changes)
+    assert len(set(seen)) == 4
+    metrics.snapshot()
+    assert metrics.changes == seen[-1]
+
+
+def test_a_fetched_block_is_offered_with_its_digest_once():
+    fetched = Fetched()
+    fetched.started("a", [7, 8])
+    fetched.loaded("a", [b"7", b"8"])
+    assert (fetched.take(7), fetched.take(7), fetched.take(9)) == (b"7", None, None)
+    assert len(fetched) == 1
+    assert fetched.take(8) == b"8"
+
+
+def test_blocks_of_a_load_that_was_not_compared_have_no_digest():
+    fetched = Fetched()
+    fetched.started("a", [7, 8])
+    fetched.loaded("a", [])
+    assert fetched.take(7) == b""
+    fetched.started("b", [9, 10])
+    fetched.loaded("b", [b"9"])
+    assert fetched.take(9) == b""
+
+
+def test_nothing_is_left_of_a_request_that_ended_before_its_blocks_were_offered():
+    fetched = Fetched()
+    fetched.started("a", [7, 8])
+    fetched.loaded("a", [b"7", b"8"])
+    fetched.forget_requests({"a", "unknown"})
+    assert fetched.take(7) is None
+    fetched.loaded("a", [b"7", b"8"])  # its load ended after it did
+    assert fetched.take(8) is None
+
+
+def test_who_gets_the_blocks_of_a_request_that_is_over_does_not_get_its_digests():
+    """In one step vLLM frees blocks, gives them to another load, and tells last who is over."""
+    fetched = Fetched()
+    fetched.started("a", [7, 8])
+    fetched.loaded("a", [b"7", b"8"])
+    fetched.started("b", [8])
+    fetched.forget_requests({"a"})
+    assert fetched.take(7) is None
+    assert fetched.take(8) == b""
+
+
+def certain(verify, kind, outcome, records):
+    memory = SimpleNamespace(kind=kind)
+    fetcher = SimpleNamespace(verify=verify)
+    loader = Loader.__new__(Loader)
+    loader._core, loader._pages = SimpleNamespace(fetcher=fetcher), memory
+    return loader._compared(LookupResult(1, 2, records), outcome)
+
+
+def test_digests_are_known_only_if_every_block_was_compared_with_the_only_one():
+    pages, digests = np.arange(2), [b"a" * 16, b"b" * 16]
+    records = make_records(1, 0, pages, pages * 2 + 2, digests)
+    whole = Outcome(blocks=2, blocks_verified=2)
+    assert certain("full", "cuda", whole, records) == digests
+    assert certain("sampled", "cuda", whole, records) == []
+    assert certain("full", "host", whole, records) == []
+    assert certain("full", "cuda", Outcome(blocks=2, blocks_verified=1), records) == []
+    assert certain("full", "cuda", Outcome(blocks=1, blocks_verified=1), records) == []
+    assert certain("full", "cuda", whole, np.concatenate([records, records])) == []
+
+
+def test_digests_that_came_along_are_not_computed_again_and_keep_their_places():
+    memory = PagedMemory.packed(np.arange(6 * 64, dtype=np.uint8).reshape(6, 64))
+    right = page_digests(memory, np.arange(6))
+    known = Job([b"k"] * 2, np.array([4, 1]), None, digests=[b"x", b"y"])
+    before, after = Job([b"k"] * 2, np.array([3, 0]), None), Job([b"k"], np.array([5]), None)
+    assert digests_of([before, known, after], memory) == [right[3], right[0], b"x", b"y", right[5]]
+    assert digests_of([known], memory) == [b"x", b"y"]
+
+
+def test_what_waits_is_taken_by_itself_and_whoever_fails_too():
+    pending, ended = Pending(), set()
+
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for name in "ab":
+        pending.add(name, lambda name=name: name in ended)
+    pending.add("c", fail)
+    all_before = pending.all_present()
+    pending.add("flush", all_before)
+    assert pending.take_ended() == [("c", False)]
+    ended.add("b")
+    pending.add("later", lambda: True, delay_s=60)
+    while (taken := pending.take_ended()) == []:
+        pass
+    assert taken == [("b", True)]
+    ended.add("a")
+    found = []
+    while len(found) < 2:
+        found += pending.take_ended()
+    assert found == [("a", True), ("flush", True)]
+    assert 50 < pending.wait_s <= 60
+    assert pending.take_all() == ["later"]
+    assert pending.wait_s is None
