@@ -43,6 +43,10 @@ class Fetched:
                 if self._request_of.get(block) == request_id:
                     self.take(block)
 
+    def forget_digests(self) -> None:
+        """Forget what blocks were compared with: they may not be offered as what they hold now, but as something later."""
+        self._digest_of.clear()
+
     def take(self, block: int) -> bytes | None:
         """Return the digest of a block that is offered now, empty where it is not known; None: it was not fetched."""
         if self._request_of.pop(block, None) is None:

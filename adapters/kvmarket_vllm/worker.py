@@ -194,6 +194,7 @@ class WorkerRole:
             market.kept.before_forward(plan)
         if plan.forget:
             market.publisher.forget_all()
+            self._fetched.forget_digests()
         if plan.dirty:
             market.publisher.retract(plan.dirty)
             self.deltas.add(blocks_retracted=len(plan.dirty))

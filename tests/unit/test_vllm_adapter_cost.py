@@ -131,6 +131,18 @@ def test_nothing_is_left_of_a_request_that_ended_before_its_blocks_were_offered(
     assert fetched.take(8) is None
 
 
+def test_when_all_is_forgotten_blocks_stay_fetched_and_lose_their_digests():
+    """They are not offered as what they hold now; what they are offered as later may have other bytes."""
+    fetched = Fetched()
+    fetched.started("a", [7, 8])
+    fetched.loaded("a", [b"7", b"8"])
+    fetched.forget_digests()
+    assert (fetched.take(7), fetched.take(7)) == (b"", None)
+    fetched.started("b", [9])
+    fetched.loaded("b", [b"9"])
+    assert fetched.take(9) == b"9"
+
+
 def test_who_gets_the_blocks_of_a_request_that_is_over_does_not_get_its_digests():
     """In one step vLLM frees blocks, gives them to another load, and tells last who is over."""
     fetched = Fetched()
