@@ -44,7 +44,7 @@ class Fetched:
                     self.take(block)
 
     def forget_digests(self) -> None:
-        """Forget what blocks were compared with: they may not be offered as what they hold now, but as something later."""
+        """Forget what blocks were compared with: they may be offered as something else than what they hold now."""
         self._digest_of.clear()
 
     def take(self, block: int) -> bytes | None:
