@@ -108,7 +108,7 @@ class GroupedRead:
         following = 0
         try:
             while (following < total and not self._over) or self._pending:
-                while following < total and not self._over and len(self._pending) < self.window:
+                while following < total and not self._over and len(self._order) < self.window:
                     stop = min(following + size, total)
                     if not self._launch(self._known(np.arange(following, stop))):
                         break

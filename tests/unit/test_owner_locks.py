@@ -34,10 +34,15 @@ class Holder:
         self._process.join(30)
 
 
-def lock_files():
-    """Return how many lock files are open here."""
-    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return sum(link.readlink().name.endswith(".lock") for link in links if link.exists())
+@pytest.fixture
+def lock_files(tmp_path):
+    """Return what tells how many lock files of this directory are open here."""
+
+    def count():
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(link.readlink().parent == tmp_path for link in links if link.exists())
+
+    return count
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def locks(tmp_path):
     locks.close()
 
 
-def test_an_owner_that_dies_is_dead_at_once_and_its_file_is_closed(locks, tmp_path):
+def test_an_owner_that_dies_is_dead_at_once_and_its_file_is_closed(locks, lock_files, tmp_path):
     holder = Holder(tmp_path, [1, 2])
     assert [locks.alive(owner) for owner in (1, 2, 1, 3)] == [True, True, True, False]
     assert lock_files() == 2, "kept open"
@@ -67,7 +72,7 @@ def test_a_number_whose_file_was_made_anew_is_alive(locks, tmp_path):
     assert not locks.alive(1)
 
 
-def test_only_so_many_files_are_kept_open(locks, tmp_path, monkeypatch):
+def test_only_so_many_files_are_kept_open(locks, lock_files, tmp_path, monkeypatch):
     monkeypatch.setattr(host, "PROBES_MAX", 3)
     holder = Holder(tmp_path, range(8))
     for _ in range(2):
