@@ -243,7 +243,8 @@ class Setup:
             new = sum(path.stat().st_ctime >= began for path in self.site_packages().glob("*.dist-info"))
             return f"unpacking: {new} of {total} packages"
 
-        options = ["install", "--no-input", "--progress-bar", "off"]
+        # what is imported is compiled then; most of vLLM never is
+        options = ["install", "--no-input", "--no-compile", "--progress-bar", "off"]
         self.runner.run("pip install", [self.python, "-m", "pip", *options, *arguments], describe)
 
     def split_lock(self) -> tuple[str, Path]:

@@ -15,7 +15,7 @@ BLOCK = 32
 PAGE_BYTES = 64 << 10
 ANSWER_TOKENS = 6
 PROMPTS = 48
-FETCHES = 200
+FETCHES = 140
 ROUNDS_MAX = 60
 TORN = "vllm:kvmarket_blocks_refused{reason=torn}"
 STALE = "vllm:kvmarket_blocks_refused{reason=stale_generation}"

@@ -19,7 +19,7 @@ from kvmarket.registry.redis_scripts import BUMP, namespace_key, owners_key
 from kvmarket.server_url import ServerUrl
 from kvmarket.testing.sample_records import chain
 
-SEEDS, SEEDS_PER_TEST = 2000, 500
+SEEDS, SEEDS_PER_TEST = 1000, 250
 STEPS = 40
 SETTLE_BEATS = 10
 OPTIONS = ServerUrl("", lease_s=6.0, ttl_s=600.0, entries_max=60)
