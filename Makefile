@@ -9,6 +9,9 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCHES ?= bench/disk.py bench/eviction.py bench/fetch.py bench/lookup.py bench/registry.py bench/transport.py bench/vllm_ttft.py
 
+# What is run imports the same modules in process after process, and set-up compiles none of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-fast test-verbs chaos bench lint clean setup setup-vllm
