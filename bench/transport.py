@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from common import finish, interleave, log, timed
 
-from kvmarket.announced import NO_DIGEST
+from kvmarket.announced import NO_DIGEST, Announced
 from kvmarket.deadline import Deadline
 from kvmarket.helper import Helper
 from kvmarket.identity import OwnerInfo
@@ -156,7 +156,7 @@ class Ours:
         connection, request = self._reads[case]
         count = len(request.pages)
         records = make_records(1, 0, request.pages, request.generations, [NO_DIGEST] * count)
-        unverified = Verification("none", records, request.local, request.local_pages)
+        unverified = Verification("none", Announced.of(records), request.local, request.local_pages)
         began = time.perf_counter()
         report = SharedRead(connection, request, Deadline(30.0), unverified).run(self._helper)
         seconds = time.perf_counter() - began

@@ -137,9 +137,9 @@ class Publisher:
         with self._lock:
             if self._closed:
                 raise MarketClosedError("this marketplace is closed")
-            self._region.page_numbers(pages)  # nothing is entered of an offer that is refused
+            numbers, table = self._region.page_numbers(pages), self._region.generations  # refuses before it is entered
             fresh = self._enter(dict(zip(keys, pages, strict=True)))
-            numbers, table = self._region.page_numbers(list(fresh.values())), self._region.generations
+            numbers = numbers if len(fresh) == len(numbers) else self._region.page_numbers(list(fresh.values()))
             generations = table.validate(numbers) if ended is None else table.reserve(numbers)
             job = Job(list(fresh), numbers, generations, done, ended, delay_s)
             if digests is not None:

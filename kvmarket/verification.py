@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmarket.announced import DIGEST_BYTES, Announced, named
+from kvmarket.announced import DIGEST_BYTES, named
 from kvmarket.digest import can_digest, default_digest, page_digests
 from kvmarket.transport import ReadRequest
 
 if TYPE_CHECKING:
+    from kvmarket.announced import Announced
     from kvmarket.region.pages import PagedMemory
-    from kvmarket.registry.records import BlockRecords
 
 SAMPLE_ONE_IN = 16
 
@@ -27,15 +27,15 @@ class Verification:
 
     Args:
         mode: ``full``, ``sampled`` (one page in `SAMPLE_ONE_IN`) or ``none``.
-        run: what was announced, one record per page.
+        announced: what was announced of the pages.
         local: where the pages arrive.
-        local_pages: (n,) page numbers there, one per record.
+        local_pages: (n,) page numbers there, one for each of those.
         algorithm: of the announced digests; default: the one for this kind of memory.
 
     Attributes:
-        announced: what was announced.
+        announced: as above.
         wanted: (n,) bool: pages to compare; `Announced.every` when that is all of them.
-        mismatched: pages (indices into `run`) whose bytes are not those announced.
+        mismatched: pages (indices into `announced`) whose bytes are not those announced.
         blocks: pages compared.
         seconds: time it took, summed over threads.
     """
@@ -43,7 +43,7 @@ class Verification:
     def __init__(
         self,
         mode: str,
-        run: BlockRecords | Announced,
+        announced: Announced,
         local: PagedMemory,
         local_pages: np.ndarray,
         algorithm: str = "",
@@ -52,7 +52,7 @@ class Verification:
         self._algorithm = algorithm or default_digest(local.kind)
         if not can_digest(local.kind, self._algorithm):
             mode = "none"
-        self.announced = run if isinstance(run, Announced) else Announced.of(run)
+        self.announced = announced
         self._any = self._all = mode == "full" and self.announced.vouched
         self.wanted = self.announced.every if self._all else self._chosen(mode)
         self._lock = threading.Lock()

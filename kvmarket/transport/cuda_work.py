@@ -205,15 +205,12 @@ class CardWork:
 
     def _copy_table(self, source: CudaPagedMemory, target: CudaPagedMemory, lane: Lane) -> _Table:
         """Return the copy table of two memories, on the card of `target`."""
-        key = (target.device, source.pointers, target.pointers)
-        known = self._known_table(key, source.layout, target.layout)
-        if known is not None:
-            return known
 
         def make() -> tuple[np.ndarray, str, str, int]:
             rows, wide = copy_table(source.layout, source.pointers, target.layout, target.pointers)
             return (rows, "copy_wide", "copy_wide_sum", BLOCK_THREADS) if wide else (rows, "copy_any", "", WARP)
 
+        key = (target.device, source.pointers, target.pointers)
         table = self._table(key, source.layout, target.layout, lane, make)
         assert table is not None  # noqa: S101 - every two layouts of one page size can be copied
         return table
@@ -227,14 +224,6 @@ class CardWork:
 
         return self._table((memory.device, memory.pointers), memory.layout, None, lane, make)
 
-    def _known_table(self, key: tuple[Any, ...], first: PageLayout, second: PageLayout | None) -> _Table | None:
-        with self._lock:
-            found = self._tables.get(key)
-            if found is None or found[0] != first or found[1] != second:
-                return None
-            self._tables.move_to_end(key)
-            return found[2]
-
     def _table(
         self,
         key: tuple[Any, ...],
@@ -243,9 +232,11 @@ class CardWork:
         lane: Lane,
         make: Callable[[], tuple[np.ndarray, str, str, int] | None],
     ) -> _Table | None:
-        known = self._known_table(key, first, second)
-        if known is not None:
-            return known
+        with self._lock:
+            found = self._tables.get(key)
+            if found is not None and found[0] == first and found[1] == second:
+                self._tables.move_to_end(key)
+                return found[2]
         made = make()
         if made is None:
             return None

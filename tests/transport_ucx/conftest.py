@@ -52,7 +52,5 @@ def region_owner():
 
 
 @pytest.fixture
-def settings(tmp_path):
-    directory = tmp_path / "runtime"
-    directory.mkdir(mode=0o700)
-    return {"runtime_dir": str(directory), "arena_bytes": 4 << 20, "registry_bytes": 16 << 20}
+def settings(runtime_dir):
+    return {"runtime_dir": str(runtime_dir), "arena_bytes": 4 << 20, "registry_bytes": 16 << 20}

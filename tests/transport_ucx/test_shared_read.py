@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ucx_owners import PeerUcxOwner, end_all
 
+from kvmarket.announced import Announced
 from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError
 from kvmarket.helper import Helper
@@ -53,7 +54,10 @@ class World:
         records = make_records(1, 0, self.order, generations, digests)
         request = ReadRequest(self.order, generations, local, targets)
         shared = SharedRead(
-            self.connection, request, deadline or Deadline(30.0), Verification("none", records, local, targets)
+            self.connection,
+            request,
+            deadline or Deadline(30.0),
+            Verification("none", Announced.of(records), local, targets),
         )
         return out, shared
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from kvmarket.announced import Announced
 from kvmarket.deadline import Deadline
 from kvmarket.digest import page_digests
 from kvmarket.errors import PeerGoneError
@@ -65,7 +66,7 @@ class Reading:
 
     def run(self, helper):
         targets = np.arange(PAGES)
-        self.verification = Verification(self.mode, self.records, self.local, targets)
+        self.verification = Verification(self.mode, Announced.of(self.records), self.local, targets)
         request = ReadRequest(self.order, np.full(PAGES, 2, np.uint64), self.local, targets)
         self.shared = SharedRead(self.connection, request, self.deadline, self.verification)
         return self.shared.run(helper)

@@ -102,10 +102,16 @@ def test_counting_shows_without_a_look_at_the_counters():
     assert metrics.changes == seen[-1]
 
 
-def test_a_fetched_block_is_offered_with_its_digest_once():
+@pytest.fixture
+def fetched():
+    """Two blocks that a request has had loaded and compared."""
     fetched = Fetched()
     fetched.started("a", [7, 8])
     fetched.loaded("a", [b"7", b"8"])
+    return fetched
+
+
+def test_a_fetched_block_is_offered_with_its_digest_once(fetched):
     assert (fetched.take(7), fetched.take(7), fetched.take(9)) == (b"7", None, None)
     assert len(fetched) == 1
     assert fetched.take(8) == b"8"
@@ -121,21 +127,15 @@ def test_blocks_of_a_load_that_was_not_compared_have_no_digest():
     assert fetched.take(9) == b""
 
 
-def test_nothing_is_left_of_a_request_that_ended_before_its_blocks_were_offered():
-    fetched = Fetched()
-    fetched.started("a", [7, 8])
-    fetched.loaded("a", [b"7", b"8"])
+def test_nothing_is_left_of_a_request_that_ended_before_its_blocks_were_offered(fetched):
     fetched.forget_requests({"a", "unknown"})
     assert fetched.take(7) is None
     fetched.loaded("a", [b"7", b"8"])  # its load ended after it did
     assert fetched.take(8) is None
 
 
-def test_when_all_is_forgotten_blocks_stay_fetched_and_lose_their_digests():
+def test_when_all_is_forgotten_blocks_stay_fetched_and_lose_their_digests(fetched):
     """They are not offered as what they hold now; what they are offered as later may have other bytes."""
-    fetched = Fetched()
-    fetched.started("a", [7, 8])
-    fetched.loaded("a", [b"7", b"8"])
     fetched.forget_digests()
     assert (fetched.take(7), fetched.take(7)) == (b"", None)
     fetched.started("b", [9])
@@ -143,11 +143,8 @@ def test_when_all_is_forgotten_blocks_stay_fetched_and_lose_their_digests():
     assert fetched.take(9) == b"9"
 
 
-def test_who_gets_the_blocks_of_a_request_that_is_over_does_not_get_its_digests():
+def test_who_gets_the_blocks_of_a_request_that_is_over_does_not_get_its_digests(fetched):
     """In one step vLLM frees blocks, gives them to another load, and tells last who is over."""
-    fetched = Fetched()
-    fetched.started("a", [7, 8])
-    fetched.loaded("a", [b"7", b"8"])
     fetched.started("b", [8])
     fetched.forget_requests({"a"})
     assert fetched.take(7) is None
