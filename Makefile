@@ -7,6 +7,9 @@ SETUP = $(or $(PYTHON),$(error no python3.11 or python3 on the path; name one: m
 
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# One worker has the tests with engines, which come first, the other the rest. TEST_WORKERS=0: all in this process.
+TEST_WORKERS ?= 2
+WORKERS = -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 BENCHES ?= bench/disk.py bench/eviction.py bench/fetch.py bench/lookup.py bench/registry.py bench/transport.py bench/vllm_ttft.py
 
 # What is run imports the same modules in process after process, and set-up compiles none of them.
@@ -23,10 +26,10 @@ demo: setup-vllm ## two stock vLLM replicas, one serving the prefix that the oth
 	@$(VENV)/python -u examples/demo_vllm.py $(DEMO_ARGS)
 
 test: setup-vllm ## all tests, real engines included (PYTEST_ARGS="-k name" for some)
-	@$(VENV)/python -u -m pytest $(PYTEST_ARGS)
+	@$(VENV)/python -u -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: setup ## the tests without engines
-	@$(VENV)/python -u -m pytest -m "not vllm" $(PYTEST_ARGS)
+	@$(VENV)/python -u -m pytest $(WORKERS) -m "not vllm" $(PYTEST_ARGS)
 
 test-verbs: setup ## the transport over RDMA, in a QEMU guest with soft-RoCE (Debian on x86-64; ten minutes)
 	@$(VENV)/python -u scripts/verbs_guest/run.py $(PYTEST_ARGS)

@@ -13,9 +13,34 @@ from kvmarket.config import MarketConfig
 from kvmarket.testing.peers import PeerPool
 
 LEFT_BEHIND_WAIT_S = 3.0
+ENGINES = "tests/adapters/"
 
 settings.register_profile("kvmarket", deadline=None, print_blob=True)  # machines that run tests are busy
 settings.load_profile("kvmarket")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--long", action="store_true", help="repeat what is repeated as often as kvmarket promises to stand"
+    )
+
+
+@pytest.fixture(scope="session")
+def at_length(request):
+    """Returns the first of two numbers, or the second with ``--long``."""
+    return lambda short, long: long if request.config.getoption("--long") else short
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give all tests with engines to one worker, one after the other: they compute, while the others mostly wait."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class EnginesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return ENGINES if nodeid.startswith(ENGINES) else super()._split_scope(nodeid)
+
+    return EnginesTogether(config, log)
 
 
 def shared_memories():

@@ -15,8 +15,8 @@ BLOCK = 32
 PAGE_BYTES = 64 << 10
 ANSWER_TOKENS = 6
 PROMPTS = 48
-FETCHES = 140
-ROUNDS_MAX = 60
+FETCHES = 80, 540
+ROUNDS_MAX = 240
 TORN = "vllm:kvmarket_blocks_refused{reason=torn}"
 STALE = "vllm:kvmarket_blocks_refused{reason=stale_generation}"
 LOADS = "vllm:kvmarket_loads"
@@ -66,10 +66,11 @@ def play(owner, reader, prompts, right, *, until):
     return wrong, answers
 
 
-def test_torn_reads_are_caught_and_every_answer_is_right(replicas, prompts, right):
+def test_torn_reads_are_caught_and_every_answer_is_right(replicas, prompts, right, at_length):
+    fetches = at_length(*FETCHES)
     owner, reader, _ = replicas
     reader.call("vllm_faults:tear_copies", every=4)
-    wrong, answers = play(owner, reader, prompts, right, until=lambda now: now[LOADS] >= FETCHES)
+    wrong, answers = play(owner, reader, prompts, right, until=lambda now: now[LOADS] >= fetches)
     counters, injected = reader.counters(), reader.call("vllm_faults:torn_copies")
     print(
         f"{answers} answers, {counters[LOADS]} fetches, torn {counters.get(TORN)}, stale {counters.get(STALE)}",
@@ -77,14 +78,14 @@ def test_torn_reads_are_caught_and_every_answer_is_right(replicas, prompts, righ
     )
 
     assert wrong == []
-    assert counters[LOADS] >= FETCHES
+    assert counters[LOADS] >= fetches
     assert injected["torn"] >= 10
     assert counters[TORN] >= injected["torn"]
     assert counters["vllm:kvmarket_load_failures"] >= injected["torn"]
     assert counters["vllm:kvmarket_blocks_verified"] == counters["vllm:kvmarket_errors"] == 0
     # It was not all refused: whole prefixes still arrived while pages changed hands around them.
-    assert counters["vllm:kvmarket_loaded_tokens"] >= FETCHES // 2 * 9 * BLOCK
-    assert owner.counters()["vllm:kvmarket_blocks_retracted"] >= 500
+    assert counters["vllm:kvmarket_loaded_tokens"] >= fetches // 2 * 9 * BLOCK
+    assert owner.counters()["vllm:kvmarket_blocks_retracted"] >= 3 * fetches
 
 
 def test_without_the_second_look_answers_are_wrong(replicas, prompts, right):

@@ -12,6 +12,7 @@ BLOCK = 32
 PREFIX_TOKENS = 1536
 PROMPT_TOKENS = 1600
 ANSWER_TOKENS = 12
+SHARED = 8, 20
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,11 @@ def side_by_side(*work):
 
 
 @pytest.mark.slow
-def test_a_cold_replica_fetches_and_answers_the_same(pair, truth):
-    """Both directions at once, 20 prompts each."""
+def test_a_cold_replica_fetches_and_answers_the_same(pair, truth, at_length):
+    """Both directions at once, several prompts each."""
+    count = at_length(*SHARED)
     one, other = pair
-    first, second = prompts(20, 1000), prompts(20, 1100)
+    first, second = prompts(count, 1000), prompts(count, 1100)
     right = truth.begin_generate(first + second, max_tokens=ANSWER_TOKENS)
     computed = [*chain(*side_by_side((one, first), (other, second)))]
     for replica in pair:
@@ -49,17 +51,17 @@ def test_a_cold_replica_fetches_and_answers_the_same(pair, truth):
     local = [*chain(*side_by_side((other, first), (one, second)))]
     right = right.result(timeout_s=60)
 
-    assert [answer.external_tokens for answer in computed] == [0] * 40
+    assert [answer.external_tokens for answer in computed] == [0] * 2 * count
     assert min(answer.external_tokens for answer in fetched) >= 0.9 * PROMPT_TOKENS
     assert tokens(computed) == tokens(right)
     assert tokens(fetched) == tokens(right)
     assert tokens(local) == tokens(right)
-    assert len({answer.tokens for answer in right}) == 40
+    assert len({answer.tokens for answer in right}) == 2 * count
     grown = [{name: end[name] - start.get(name, 0) for name in end} for start, end in zip(before, after, strict=True)]
     loaded = sum(answer.external_tokens for answer in fetched) // 2
     for counters in grown:
         assert counters["vllm:kvmarket_loaded_tokens"] == counters["vllm:external_prefix_cache_hits"] == loaded
-        assert counters["vllm:kvmarket_loads"] == 20
+        assert counters["vllm:kvmarket_loads"] == count
         assert counters["vllm:kvmarket_blocks_verified"] == loaded // BLOCK
         assert counters["vllm:kvmarket_transport_bytes{transport=shm}"] == counters["vllm:kvmarket_loaded_bytes"]
         assert counters["vllm:kvmarket_load_failures"] == counters["vllm:kvmarket_errors"] == 0

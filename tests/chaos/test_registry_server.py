@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(find_server() is None, reason=WHERE_FROM),
 ]
 
-FETCHES = 2000
+FETCHES = 1200
 SEEDS = [1, 2]
 PROMPTS, BLOCKS = 12, 8
 OWNERS, READERS = 3, 2

@@ -6,6 +6,8 @@ import market_jobs as jobs
 import numpy as np
 
 SECONDS = 3.0
+ROUNDS = 8  # at most: on a busy machine one may show too little
+ENOUGH_PAGES = 100
 
 
 def test_no_reader_ever_adopts_other_bytes(peers, config, tmp_path):
@@ -15,21 +17,25 @@ def test_no_reader_ever_adopts_other_bytes(peers, config, tmp_path):
     writer, *readers = (peers.spawn() for _ in range(3))
     for peer in (writer, *readers):
         peer.call(jobs.open_market, config, "model", jobs.TORN_SPEC)
-    writer.start(jobs.republish_for, SECONDS + 0.3, str(board))
-    for reader in readers:
-        reader.start(jobs.read_versions_for, SECONDS, str(board))
-    results = [reader.result(timeout_s=30) for reader in readers]
-    versions = writer.result(timeout_s=30)
-    adopted = sum(result[0] for result in results)
-    wrong = sum(result[1] for result in results)
-    torn = sum(result[2].get("blocks_refused{reason=torn}", 0) for result in results)
-    stale = sum(result[2].get("blocks_refused{reason=stale_generation}", 0) for result in results)
-    longest_s = max(result[3] for result in results)
-    print(f"{versions} versions, {adopted} pages adopted, {wrong} wrong, {torn} torn, {stale} stale, {longest_s:.3f} s")
-    assert wrong == 0
-    assert adopted > 100, "hardly anything was read: the test showed nothing"
+    versions = adopted = torn = 0
+    for _ in range(ROUNDS):
+        writer.start(jobs.republish_for, SECONDS + 0.3, str(board))
+        for reader in readers:
+            reader.start(jobs.read_versions_for, SECONDS, str(board))
+        results = [reader.result(timeout_s=30) for reader in readers]
+        versions += writer.result(timeout_s=30)
+        adopted += sum(result[0] for result in results)
+        wrong = sum(result[1] for result in results)
+        torn = sum(result[2].get("blocks_refused{reason=torn}", 0) for result in results)  # since the market opened
+        stale = sum(result[2].get("blocks_refused{reason=stale_generation}", 0) for result in results)
+        longest_s = max(result[3] for result in results)
+        print(f"{versions} versions, {adopted} adopted, {wrong} wrong, {torn} torn, {stale} stale, {longest_s:.3f} s")
+        assert wrong == 0
+        assert longest_s < config.fetch_deadline_s + 1.0
+        if adopted > ENOUGH_PAGES and torn:
+            break
+    assert adopted > ENOUGH_PAGES, "hardly anything was read: the test showed nothing"
     assert torn > 0, "no read was ever torn: the test showed nothing"
-    assert longest_s < config.fetch_deadline_s + 1.0
 
 
 def test_the_pattern_tells_versions_and_pages_apart():
