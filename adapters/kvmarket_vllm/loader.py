@@ -145,7 +145,9 @@ class Loader:
         failed = load.block_ids[blocks:]
         nbytes = blocks * self._pages.layout.page_bytes
         tokens = blocks * self._core.namespace.spec.block_size
-        self._deltas.add(loads=1, loaded_tokens=tokens, loaded_bytes=nbytes, load_failures=int(bool(failed)))
+        self._deltas.add(loaded_bytes=nbytes, load_failures=int(bool(failed)))
+        if not any(self._rank):  # the others load their parts of the same tokens
+            self._deltas.add(loads=1, loaded_tokens=tokens)
         with self._changed:
             self._running -= 1
             self._finished.add(load.request_id)

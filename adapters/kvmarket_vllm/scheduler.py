@@ -161,17 +161,14 @@ class SchedulerRole:
             if answer is None:
                 return None
             searched = answer
-        found: dict[Rank, LookupResult] = {}
-        for rank, (result, reason, detail) in searched.items():
-            found[rank] = result
-            if result.blocks < len(keys):
-                why = result.first_missing if result.first_missing in _FOUND_BUT_REFUSED else str(reason)
-                self.deltas.add_labelled("misses", why)
-                if not result.blocks:
-                    self._log_miss(why, detail)
-        blocks = min(result.blocks for result in found.values())
-        self.deltas.add(lookups=1, lookup_hit_tokens=blocks * self._block_size)
-        return found
+        shortest, reason, detail = min(searched.values(), key=lambda answer: answer[0].blocks)  # all load as much
+        if shortest.blocks < len(keys):
+            why = shortest.first_missing if shortest.first_missing in _FOUND_BUT_REFUSED else str(reason)
+            self.deltas.add_labelled("misses", why)
+            if not shortest.blocks:
+                self._log_miss(why, detail)
+        self.deltas.add(lookups=1, lookup_hit_tokens=shortest.blocks * self._block_size)
+        return {rank: result for rank, (result, _, _) in searched.items()}
 
     def _log_miss(self, reason: str, detail: str) -> None:
         self._logged[reason] = self._logged.get(reason, 0) + 1

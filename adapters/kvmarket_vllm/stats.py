@@ -1,4 +1,7 @@
-"""Counters in vLLM's own /metrics, as ``vllm:kvmarket_*_total``."""
+"""Counters in vLLM's own /metrics, as ``vllm:kvmarket_*_total``.
+
+With several workers, blocks, bytes and seconds are summed over them. Requests and tokens are counted once.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 COUNTERS = {
     "lookups": "prefixes looked up in the registry",
     "lookup_hit_tokens": "prompt tokens that peers offered beyond the local prefix cache",
-    "loads": "fetches from peers that were started",
-    "load_failures": "fetches that delivered fewer blocks than promised; the rest was recomputed",
-    "loaded_tokens": "prompt tokens adopted from peers",
+    "loads": "fetches from peers that were started, by the first rank",
+    "load_failures": "fetches (of any rank) that delivered fewer blocks than promised; the rest was recomputed",
+    "loaded_tokens": "prompt tokens adopted from peers, as the first rank has them",
     "loaded_bytes": "bytes adopted from peers",
     "load_seconds": "seconds spent reading and proving blocks",
     "blocks_offered": "blocks offered to peers, in place",

@@ -63,7 +63,11 @@ def readable(engine):
 
 def corrupt(engine, *, index):
     """Change the KV of block `index` of the prompt offered last, and nothing else: its generation and record stay."""
-    market = roles(engine)[0].market
+    corrupt_market(roles(engine)[0].market, index)
+
+
+def corrupt_market(market, index):
+    """`corrupt`, for the market of one rank."""
     pages = [page for key, page in market.publisher._page_of.items() if int.from_bytes(key[INDEX_AT], "big") == index]
     for view in market.region.pages.views(pages[-1]):
         view.view(np.float32)[:] *= -1.0
