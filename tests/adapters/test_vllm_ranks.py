@@ -4,6 +4,7 @@ What one rank cannot prove, no rank adopts.
 """
 
 import os
+import select
 import signal
 
 import pytest
@@ -21,7 +22,7 @@ RANKS = 2
 
 def of_two_ranks(**options):
     args = {"tensor_parallel_size": RANKS, "distributed_executor_backend": "mp"}
-    return {"engine_args": args, "prepare": "vllm_ranks:fork_workers", **options}
+    return {"engine_args": args, "prepare": "vllm_ranks:start_quickly", **options}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,10 @@ def test_a_killed_rank_is_a_miss(fleet, replicas):
     prompt = random_prompt(PROMPT_TOKENS, seed=9730)
     right = ask(plain, prompt)
     publish(victim, prompt)
-    os.kill(in_ranks(victim, "pid")[1], signal.SIGKILL)
+    rank = os.pidfd_open(in_ranks(victim, "pid")[1])
+    signal.pidfd_send_signal(rank, signal.SIGKILL)
+    assert select.select([rank], [], [], 10.0)[0]  # until it has ended it is an owner like any other
+    os.close(rank)
     answer = ask(reader, prompt)
 
     assert answer.external_tokens == 0

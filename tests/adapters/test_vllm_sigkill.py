@@ -14,8 +14,8 @@ KILLS = 8, 20
 STARTED_AHEAD = 2
 PROMPT_TOKENS = 1600
 ANSWER_TOKENS = 8
-GRACE_S = 1.0
-BUSY_MAX = 2  # answers that may be later because other engines start meanwhile
+GRACE_S = 2.5  # other engines start meanwhile, and other tests run
+BUSY_MAX = 2  # answers that may be later even so
 HANG_S = 5.0
 
 
