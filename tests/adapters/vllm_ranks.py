@@ -12,7 +12,7 @@ from kvmarket.deadline import Deadline
 
 
 def start_quickly():
-    """Have vLLM fork an engine's workers, where it would spawn them, and compile nothing: seconds instead of a minute."""
+    """Have vLLM fork workers, where it would spawn them, and compile nothing: seconds instead of a minute."""
     import torch
     from vllm.v1.executor import multiproc_executor
 

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 from ucx_owners import PeerUcxOwner
-from ucx_suite import OneSidedConformance, TwoSidedConformance, UcxConformance
+from ucx_suite import CONNECT_S, OneSidedConformance, TwoSidedConformance, UcxConformance
 
 from kvmarket.transport import ucx_cma
 from kvmarket.transport.ucx import UcxTransport
@@ -24,7 +24,7 @@ class TestTwoSidedThroughBuffers(TestTwoSidedOverTcp):
 
     @pytest.fixture
     def transport(self):
-        transport = UcxTransport({}, stage=True)
+        transport = UcxTransport({}, stage=True, connect_s=CONNECT_S)
         yield transport
         assert transport.staging.in_use == 0
         transport.close()

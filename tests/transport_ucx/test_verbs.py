@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ucx_owners import PeerUcxOwner, UcxRegionOwner, in_ucx_peer
-from ucx_suite import OneSidedConformance, TwoSidedConformance
+from ucx_suite import CONNECT_S, OneSidedConformance, TwoSidedConformance
 
 from kvmarket.deadline import Deadline
 from kvmarket.errors import PeerGoneError, TransferError
@@ -25,7 +25,6 @@ ADDRESS = os.environ.get("KVMARKET_TEST_VERBS_ADDRESS", "")
 PAGES, PAGE_BYTES = 128, 256 << 10  # four groups: two are asked for before the first is in
 MTU_MAX = 4096
 SLOWER = 50.0
-CONNECT_S = 15.0
 """An emulated machine connects at a tenth of the speed."""
 DEVICES = Path("/sys/class/infiniband")
 

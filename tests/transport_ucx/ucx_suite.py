@@ -13,11 +13,13 @@ from kvmarket.transport import ucx_rma, ucx_server
 from kvmarket.transport.ucx import UcxTransport
 from kvmarket.transport.ucx_driver import UcxDriver
 
+CONNECT_S = 15.0  # machines that run tests are busy, and UCX in an emulated one takes its time
+
 
 class UcxConformance(TransportConformance):
     @pytest.fixture
     def transport(self):
-        transport = UcxTransport({})
+        transport = UcxTransport({}, connect_s=CONNECT_S)
         yield transport
         transport.close()
 
@@ -72,7 +74,7 @@ class OneSidedConformance(UcxConformance):
 
     @pytest.fixture
     def transport(self):
-        transport = UcxTransport({}, direct=False)
+        transport = UcxTransport({}, direct=False, connect_s=CONNECT_S)
         yield transport
         transport.close()
 
