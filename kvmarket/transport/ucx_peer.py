@@ -320,23 +320,20 @@ class Peer:
             self._expected = self._key.of_owner(*asked)
             self._send(Proof(nonce, self._key.of_reader(*asked)))
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, kind: type[TransportError] = TransportUnavailableError) -> None:
         """End a connection that is not made yet, and say why."""
         if not self.ready.done():
-            self.ready.set_exception(TransportUnavailableError(why, scheme="ucx", peer=self.address))
+            self.ready.set_exception(kind(why, scheme="ucx", peer=self.address))
         self.close(why)
 
     def _refused(self, message: Refused) -> None:
+        why = f"the owner refused: {message.text}"
         if answer := self._describes.pop(message.transfer, None):
-            answer.set_exception(
-                TransportUnavailableError(f"the owner refused: {message.text}", scheme="ucx", peer=self.address)
-            )
+            answer.set_exception(TransportUnavailableError(why, scheme="ucx", peer=self.address))
         elif transfer := self._transfers.get(message.transfer):
-            transfer.end(GroupResult(error=f"the owner refused: {message.text}"))
+            transfer.end(GroupResult(error=why))
         elif not self.ready.done():
-            kind = PeerGoneError if message.code == "incarnation" else TransportUnavailableError
-            self.ready.set_exception(kind(f"the owner refused: {message.text}", scheme="ucx", peer=self.address))
-            self.close(message.text)
+            self._give_up(why, PeerGoneError if message.code == "incarnation" else TransportUnavailableError)
 
     # ---- the watch
 

@@ -16,6 +16,7 @@ from kvmarket.region.pages import PagedMemory
 from kvmarket.region.region import LentRegion
 from kvmarket.registry.memory import MemoryRegistry
 from kvmarket.testing.samples import SPEC
+from kvmarket.testing.waiting import until
 
 NAMESPACE = Namespace(ModelIdentity("m"), SPEC)
 KEYS = [bytes([number]) * 44 for number in range(8)]
@@ -140,10 +141,7 @@ def test_a_full_queue_drops_and_counts_and_offers_again(registry, publisher, bus
     assert publisher.page_of(KEYS[1]) is None, "what was dropped is not readable"
     assert publisher._metrics.snapshot()["announcements_dropped"] == 1
     registry.gate.set()
-    end = time.monotonic() + 10
-    while not publisher._queue.empty():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    until(publisher._queue.empty, "the queue is empty")
     publisher.offer([KEYS[1]], [1])
     publisher.flush(Deadline(10))
     assert found(registry) == KEYS[:2]
@@ -210,24 +208,17 @@ def away_publisher(monkeypatch):
     region.close()
 
 
-def eventually(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_what_a_registry_could_not_take_is_announced_when_it_is_back(away_publisher):
     registry, publisher, _ = away_publisher
     registry.away = True
     publisher.offer(KEYS[:4], [0, 1, 2, 3])
-    eventually(lambda: registry.attempts == 1 and len(publisher._backlog) == 1)
+    until(lambda: registry.attempts == 1 and len(publisher._backlog) == 1, "the first attempt failed")
     publisher.retract([2])
     time.sleep(0.1)
     assert registry.attempts == 1, "no digests are computed for a registry that is away"
     assert publisher.page_of(KEYS[1]) == 1, "still readable"
     registry.away = False
-    eventually(lambda: found(registry) == [KEYS[0], KEYS[1], KEYS[3]])
+    until(lambda: found(registry) == [KEYS[0], KEYS[1], KEYS[3]], "they are announced")
     assert publisher.waiting == {"announce_queue": 0, "announce_backlog": 0, "offered_blocks": 3}
     assert publisher._metrics.snapshot()["announcements_postponed"] == 4
 
@@ -247,8 +238,8 @@ def test_a_full_backlog_takes_back_and_counts(away_publisher, monkeypatch):
     registry, publisher, _ = away_publisher
     registry.away = True
     publisher.offer(KEYS[:1], [0])
-    eventually(lambda: len(publisher._backlog) == 1)
+    until(lambda: len(publisher._backlog) == 1, "it waits for the registry")
     publisher.offer(KEYS[1:3], [1, 2])
-    eventually(lambda: publisher._metrics.snapshot().get("announcements_failed") == 2)
+    until(lambda: publisher._metrics.snapshot().get("announcements_failed") == 2, "they are given up")
     assert publisher.page_of(KEYS[0]) == 0
     assert publisher.page_of(KEYS[1]) is None
