@@ -122,21 +122,29 @@ class KVMarketConnector(KVConnectorBase_V1):
         """Tell the scheduler role what this rank's pages are."""
         return self._worker.facts if self._worker is not None else None
 
-    @timed
+    # Most steps only go on decoding, and take milliseconds: what has nothing to do then is not even timed.
+
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Before the forward: make unreadable what it overwrites. Old versions pass a set here and bind the plan."""
-        if self._worker is None:
-            return
         plan = kv_connector_metadata if isinstance(kv_connector_metadata, StepPlan) else self._plan()
-        if plan is not None:
-            self._worker.before_forward(plan)
+        if plan is not None and not plan.quiet:
+            self._before_forward(plan)
 
     @timed
+    def _before_forward(self, plan: StepPlan) -> None:
+        if self._worker is not None:
+            self._worker.before_forward(plan)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads."""
         del forward_context, kwargs
         plan = self._plan()
-        if self._worker is not None and plan is not None:
+        if plan is not None and plan.loads:
+            self._start_loads(plan)
+
+    @timed
+    def _start_loads(self, plan: StepPlan) -> None:
+        if self._worker is not None:
             self._worker.start_loads(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -145,27 +153,36 @@ class KVMarketConnector(KVConnectorBase_V1):
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing is saved: peers read the KV cache itself."""
 
-    @timed
     def wait_for_save(self) -> None:
         """After the forward: offer the blocks it completed."""
         plan = self._plan()
-        if self._worker is not None and plan is not None:
+        if plan is not None and plan.publish:
+            self._after_forward(plan)
+
+    @timed
+    def _after_forward(self, plan: StepPlan) -> None:
+        if self._worker is not None:
             self._worker.after_forward(plan)
 
-    @timed
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests whose loads are over."""
-        plan = self._plan()
-        if self._worker is None or plan is None:
+        plan, worker = self._plan(), self._worker
+        if worker is None or plan is None:
             return None, None
         self.hook_time.steps += 1
-        done, self._invalid = self._worker.finished(plan, finished_req_ids)
-        return None, done or None
+        return self._finished(worker, plan, finished_req_ids) if finished_req_ids or worker.loading else (None, None)
 
     @timed
+    def _finished(
+        self, worker: WorkerRole, plan: StepPlan, finished_req_ids: set[str]
+    ) -> tuple[set[str] | None, set[str] | None]:
+        done, self._invalid = worker.finished(plan, finished_req_ids)
+        return None, done or None
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks of the loads just reported that were not loaded; vLLM computes them."""
-        invalid, self._invalid = self._invalid, set[int]()
+        invalid = self._invalid
+        self._invalid = set()
         return invalid
 
     def _plan(self) -> StepPlan | None:
@@ -206,9 +223,13 @@ class KVMarketConnector(KVConnectorBase_V1):
         self.hook_time.steps += 1
         return self._scheduler.plan_step(scheduler_output) if self._scheduler is not None else StepPlan()
 
-    @timed
     def update_connector_output(self, connector_output: Any) -> None:
         """Learn which loads are over."""
+        if connector_output.finished_recving or connector_output.invalid_block_ids:
+            self._finished_loading(connector_output)
+
+    @timed
+    def _finished_loading(self, connector_output: Any) -> None:
         if self._scheduler is not None:
             self._scheduler.finished_loading(
                 set(connector_output.finished_recving or ()), set(connector_output.invalid_block_ids or ())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmarket_vllm.stats import Deltas
+    from kvmarket_vllm.stats import Deltas, MarketStats
 
 Hook = TypeVar("Hook", bound="Callable[..., Any]")
 
@@ -22,7 +22,8 @@ class HookTime:
 
     Attributes:
         steps: engine steps that the role took part in.
-        seconds: spent in its hooks in all, loads that run on the engine's thread included.
+        seconds: spent in its hooks in all, loads that run on the engine's thread included, and those hooks left out
+            that saw at once that they had nothing to do.
     """
 
     def __init__(self, role: str) -> None:
@@ -30,16 +31,17 @@ class HookTime:
         self._told = (0, 0.0)
         self._tell_at = 0.0
 
-    def tell(self, deltas: Deltas) -> None:
-        """Add what has come since the last time to `deltas`, if they are to be sent anyway, or a second is over."""
+    def take(self, deltas: Deltas) -> MarketStats | None:
+        """Take `deltas` and the time that came since the last time: if there are any, or a second is over."""
         now = time.monotonic()
-        if not deltas and now < self._tell_at:
-            return
+        if not deltas.pending and now < self._tell_at:
+            return None
         steps, seconds = self.steps - self._told[0], self.seconds - self._told[1]
         self._told, self._tell_at = (self.steps, self.seconds), now + TELL_S
         if steps:
             deltas.add_labelled("hook_steps", self.role, steps)
             deltas.add_labelled("hook_seconds", self.role, seconds)
+        return deltas.take()
 
 
 def timed(hook: Hook) -> Hook:

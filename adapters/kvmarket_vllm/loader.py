@@ -86,11 +86,6 @@ class Loader:
         except queue.Full:
             self._report(load, 0, [])
 
-    @property
-    def busy(self) -> bool:
-        """True while a load runs, or has ended and was not taken; False in most steps, which can do without a lock."""
-        return bool(self._running or self._finished)
-
     def take_finished(self, *, wait: bool) -> tuple[set[str], set[int]]:
         """Return finished request ids, each once, and the blocks that were not loaded."""
         with self._changed:

@@ -58,6 +58,7 @@ class StepPlan(KVConnectorMetadata):
         keep: (registry key, key of the block before it or None, block id) of what is in `dirty`, to be copied before.
         forget: make every page unreadable first (the local prefix cache was reset).
         idle: nothing is computed in this step.
+        quiet: nothing of all that, nor a new request: steps that go on decoding are mostly so.
     """
 
     root: bytes = b""
@@ -67,3 +68,4 @@ class StepPlan(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     forget: bool = False
     idle: bool = False
+    quiet: bool = False

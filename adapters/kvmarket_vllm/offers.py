@@ -107,23 +107,26 @@ class Offers:
                 self._tables.setdefault(request_id, []).extend(blocks[0])
         for pair in getattr(output, "kv_cache_block_copies", None) or ():
             plan.dirty += self.take_back(_targets(pair))
-        plan.dirty += self.take_back(getattr(output, "new_block_ids_to_zero", None) or ())
-        if self._enabled and self._pool is not None:
-            for request_id, count in computed.items():
-                request = requests.get(request_id)
-                if request is not None:
-                    self._offer(request, count + output.num_scheduled_tokens.get(request_id, 0), plan)
+        if zeroed := getattr(output, "new_block_ids_to_zero", None):
+            plan.dirty += self.take_back(zeroed)
+        if not self._enabled or self._pool is None:
+            return
+        scheduled, seen, block_size = output.num_scheduled_tokens, self._seen, self._block_size
+        for request_id, count in computed.items():
+            complete = (count + scheduled.get(request_id, 0)) // block_size
+            if complete > seen.get(request_id, 0) and (request := requests.get(request_id)) is not None:
+                self._offer(request, complete, plan)
 
     def _replace_table(self, request_id: str, blocks: list[int], num_computed: int, plan: StepPlan) -> None:
         """A request (again) gets its whole table: all from the first block that is not complete will be written to."""
         self._tables[request_id], self._seen[request_id] = list(blocks), 0
         plan.dirty += self.take_back(blocks[num_computed // self._block_size :])
 
-    def _offer(self, request: Any, num_tokens: int, plan: StepPlan) -> None:
+    def _offer(self, request: Any, complete: int, plan: StepPlan) -> None:
         """Offer the blocks of a request that are complete once this step has run, if vLLM agrees on what they hold."""
         request_id, hashes = request.request_id, request.block_hashes
         table = self._tables.get(request_id, [])
-        end = min(num_tokens // self._block_size, len(hashes), len(table))
+        end = min(complete, len(hashes), len(table))
         if table and table[0] in self._void:
             return
         first = self._seen.get(request_id, 0)

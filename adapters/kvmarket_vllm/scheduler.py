@@ -212,8 +212,10 @@ class SchedulerRole:
         if self._resets.owed:
             plan.publish.clear()  # it would be published as what all are about to forget, or are not told to
             self._offers.void()
-        plan.keep = self._offers.overwritten()
+        if plan.dirty:
+            plan.keep = self._offers.overwritten()
         plan.idle = not output.total_num_scheduled_tokens
+        plan.quiet = not (begins or plan.dirty or plan.publish or plan.forget)
         for request_id in output.finished_req_ids:
             self._forget_request(request_id)
         return plan
@@ -253,8 +255,7 @@ class SchedulerRole:
 
     def stats(self, hook_time: HookTime) -> MarketStats | None:
         """Return what happened since the last step."""
-        hook_time.tell(self.deltas)
-        return self.deltas.take()
+        return hook_time.take(self.deltas)
 
     def reset(self) -> bool:
         """Make all processes of the namespace forget everything (weights changed)."""

@@ -71,21 +71,22 @@ class MarketStats(KVConnectorStats):
 
 
 class Deltas:
-    """Collects counts between two steps; totals are kept for tests and for people. Thread-safe."""
+    """Collects counts between two steps. Thread-safe.
+
+    Attributes:
+        pending: what was not taken yet, by counter. Looked at without a lock: what is being added is seen next time.
+        totals: all since the start, for tests and for people.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._delta: Counter[str] = Counter()
+        self.pending: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
-
-    def __bool__(self) -> bool:
-        """True when something happened since the last step."""
-        return bool(self._delta)
 
     def add(self, **amounts: float) -> None:
         """Add to counters of `COUNTERS`."""
         with self._lock:
-            self._delta.update(amounts)
+            self.pending.update(amounts)
             self.totals.update(amounts)
 
     def add_labelled(self, name: str, value: str, amount: float = 1) -> None:
@@ -94,10 +95,10 @@ class Deltas:
 
     def take(self) -> MarketStats | None:
         """Return the deltas and start again, or None when nothing happened."""
-        if not self._delta:  # what is being added now is told next time
+        if not self.pending:
             return None
         with self._lock:
-            data, self._delta = dict(self._delta), Counter()
+            data, self.pending = dict(self.pending), Counter()
             return MarketStats(data=data)
 
 

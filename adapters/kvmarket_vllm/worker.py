@@ -75,6 +75,11 @@ class _Market:
         self.loader = Loader(core, pages, rank, deltas, ordered)
         self.kept = Kept.open(core, pages, self.publisher, deltas) if self.publisher is not None else None
 
+    @property
+    def changes(self) -> int:
+        """Grows whenever something is counted, see `Metrics.changes`."""
+        return self.core.metrics.changes + (self.kept.core.metrics.changes if self.kept is not None else 0)
+
     def close(self) -> None:
         self.loader.close()
         if self.kept is not None:
@@ -83,7 +88,11 @@ class _Market:
 
 
 class WorkerRole:
-    """State of one rank's connector. Used from the worker's thread only."""
+    """State of one rank's connector. Used from the worker's thread only.
+
+    Attributes:
+        loading: loads that were started and not reported.
+    """
 
     def __init__(
         self, vllm_config: Any, config: MarketConfig, own: dict[str, str], kv_cache_config: Any, rank: Rank
@@ -97,8 +106,9 @@ class WorkerRole:
         self._facts: WorkerFacts | None = None
         self._opening: Opening[_Market] | None = None
         self._counted: dict[str, float] = {}
-        self._changes: dict[tuple[str, ...], int] = {}
+        self._changes = 0
         self._lost: list[Load] = []
+        self.loading = 0
         self._fetched = Fetched()
         self.deltas = Deltas()
         if self._on_host and not _ASKS_FOR_CONTEXT and not unsupported(vllm_config, kv_cache_config):
@@ -204,6 +214,7 @@ class WorkerRole:
         if not plan.loads:
             return
         market = self._market(plan.root)
+        self.loading += len(plan.loads)
         for load in plan.loads:
             if market is None:
                 self._lost.append(load)
@@ -253,7 +264,7 @@ class WorkerRole:
         """
         if over:
             self._fetched.forget_requests(over)
-        if not self._lost and not (self.market is not None and self.market.loader.busy):
+        if not self.loading:
             return set(), set()
         ids = {load.request_id for load in self._lost}
         invalid = {block for load in self._lost for block in load.block_ids}
@@ -265,6 +276,7 @@ class WorkerRole:
                 self._fetched.loaded(request_id, market.loader.take_digests(request_id))
             ids |= done
             invalid |= failed
+        self.loading -= len(ids)
         return ids, invalid
 
     @property
@@ -275,19 +287,16 @@ class WorkerRole:
     def stats(self, hook_time: HookTime) -> MarketStats | None:
         """Return this step's deltas."""
         market = self.market
-        if market is not None:
+        # Before the look at the counters: what comes between is seen next time.
+        if market is not None and (changes := market.changes) != self._changes:
+            self._changes = changes
             self._count(market.core.metrics, _COUNTED, _COUNTED_BY)
             if market.kept is not None:
                 self._count(market.kept.core.metrics, _COUNTED_KEPT, ("arena_evicted{",))
-        hook_time.tell(self.deltas)
-        return self.deltas.take()
+        return hook_time.take(self.deltas)
 
     def _count(self, metrics: Metrics, names: tuple[str, ...], prefixes: tuple[str, ...]) -> None:
         """Add what has grown since the last step; no counter comes from two sources."""
-        changes = metrics.changes  # before the look at the counters: what comes between is seen next time
-        if self._changes.get(names) == changes:
-            return
-        self._changes[names] = changes
         for name, value in metrics.snapshot().items():
             if name in names or name.startswith(prefixes):
                 if delta := value - self._counted.get(name, 0):

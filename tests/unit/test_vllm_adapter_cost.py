@@ -65,13 +65,12 @@ def test_steps_in_which_nothing_happened_are_told_once_a_second(clock):
         clock.now += 0.1
         times.steps += 1
         times.seconds += 0.001
-        times.tell(deltas)
-        told.append(deltas.take())
+        told.append(times.take(deltas))
     sent = [stats.data for stats in told if stats is not None]
     assert 4 <= len(sent) <= 5
-    times.tell(deltas)
+    times.take(deltas)
     clock.now += 1
-    times.tell(deltas)
+    times.take(deltas)
     assert deltas.totals["hook_steps{role=worker}"] == 40
     assert deltas.totals["hook_seconds{role=worker}"] == pytest.approx(0.04)
     assert {"hook_steps", "hook_seconds"} <= LABELLED.keys()
@@ -80,12 +79,10 @@ def test_steps_in_which_nothing_happened_are_told_once_a_second(clock):
 def test_a_step_in_which_something_happened_tells_its_time_at_once(clock):
     deltas, times = Deltas(), HookTime("scheduler")
     times.steps, times.seconds = 1, 0.25
-    times.tell(deltas)
-    deltas.take()
+    times.take(deltas)
     times.steps, times.seconds = 2, 0.75
     deltas.add(loads=1)
-    times.tell(deltas)
-    assert deltas.take().data == {"loads": 1, "hook_steps{role=scheduler}": 1, "hook_seconds{role=scheduler}": 0.5}
+    assert times.take(deltas).data == {"loads": 1, "hook_steps{role=scheduler}": 1, "hook_seconds{role=scheduler}": 0.5}
 
 
 def test_counting_shows_without_a_look_at_the_counters():

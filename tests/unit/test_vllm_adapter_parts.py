@@ -293,6 +293,57 @@ def test_a_reset_that_the_registry_missed_is_made_up_for():
     assert role.deltas.totals["resets"] == 2
 
 
+@pytest.fixture
+def decoding():
+    """A role whose one request, of 16 prompt tokens in blocks of 4, was computed; and the output that decodes on."""
+    engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
+    role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
+    role._opening = SimpleNamespace(get=lambda: {RANK: SimpleNamespace(epoch_hint=lambda: 1)}, failed=False)
+    hashes = [bytes([number]) * 32 for number in range(6)]
+    request = SimpleNamespace(request_id="a", block_hashes=hashes, num_tokens=17)
+    role._requests["a"] = request
+    blocks = [SimpleNamespace(block_hash=block_hash + GROUP_SUFFIX) for block_hash in hashes]
+    role.bind_pool(SimpleNamespace(blocks=blocks, cached_block_hash_to_block=None))
+    output = SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(req_id="a", block_ids=([0, 1, 2, 3],), num_computed_tokens=0)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[]),
+        num_scheduled_tokens={"a": 16},
+        total_num_scheduled_tokens=16,
+        finished_req_ids=(),
+    )
+    first = role.plan_step(output)
+    assert not first.quiet
+    assert len(first.publish) == 4
+    output.scheduled_new_reqs, output.num_scheduled_tokens, output.total_num_scheduled_tokens = [], {"a": 1}, 1
+
+    def step(computed, new_blocks=None):
+        output.scheduled_cached_reqs = SimpleNamespace(
+            req_ids=["a"], new_block_ids=[new_blocks], num_computed_tokens=[computed]
+        )
+        return role.plan_step(output)
+
+    return role, step
+
+
+def test_a_step_is_quiet_only_if_a_worker_has_nothing_to_do(decoding):
+    role, step = decoding
+    plan = step(16, ([4],))
+    assert plan.quiet, "a new block that nobody was offered changes nothing"
+    assert step(17).quiet
+    plan = step(19)
+    assert (plan.quiet, len(plan.publish)) == (False, 1), "a block is complete"
+    assert step(20, ([5],)).quiet
+    plan = step(21, ([2],))
+    assert (plan.quiet, plan.dirty) == (False, [2]), "vLLM writes to what was offered"
+    assert step(22).quiet
+    role._plan.dirty.append(3)
+    assert not step(22).quiet, "what an allocation took back before the step"
+    role._plan.loads.append(Load("b", [1], {}))
+    assert not step(22).quiet
+    role._plan.forget = True
+    assert not step(22).quiet
+
+
 def test_while_a_reset_is_owed_nothing_is_fetched_or_offered():
     engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
     role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
