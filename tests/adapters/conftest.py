@@ -1,5 +1,6 @@
 """Replicas for the vLLM tests: vLLM is imported once a session, engines live as long as the module that starts them."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from kvmarket.testing.tiny_models import TINY_MODEL, write_model
 from kvmarket.testing.vllm_replica import Replica, ReplicaConfig, ReplicaError, ReplicaHost
 
 HERE = Path(__file__).parent
+ENGINES_NICE = 5  # engines compute whenever they can; the tests beside them mostly wait, and have deadlines
 
 
 def pytest_collection_modifyitems(items):
@@ -75,6 +77,8 @@ def _end(replica):
 
 @pytest.fixture(scope="session")
 def vllm_host():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.nice(ENGINES_NICE)
     with ReplicaHost(python_path=[HERE]) as host:
         yield host
 
