@@ -385,8 +385,8 @@ class RegistryConformance(RegistryWorld):
         assert registry.sweep() == 0
         assert [registry.region(owner, 0) is None for owner in owners] == [True, True, False]
         found = registry.lookup(namespace, keys)
-        assert (found.blocks, set(found.owners)) == (100, {mine, owners[2]})
-        assert len(found.records) == 140
+        seen = found.blocks, set(found.owners), len(found.records)
+        assert seen == (100, {mine, owners[2]}, 140), f"{seen}, mine {mine}, theirs {owners}, {found.first_missing!r}"
 
     def test_a_new_epoch_reaches_other_processes(
         self, registry: Registry, namespace: bytes, elsewhere: Callable[[], Peer]

@@ -13,7 +13,7 @@ from kvmarket.testing.registry_suite import RegistryConformance
 
 pytestmark = pytest.mark.skipif(find_server() is None, reason=WHERE_FROM)
 
-LEASE_S = 2.5  # long enough for a busy machine, short enough to wait for
+LEASE_S = 4.0  # long enough for a busy machine, short enough to wait for
 
 
 @pytest.fixture(scope="module")
