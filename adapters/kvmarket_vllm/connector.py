@@ -127,25 +127,15 @@ class KVMarketConnector(KVConnectorBase_V1):
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Before the forward: make unreadable what it overwrites. Old versions pass a set here and bind the plan."""
         plan = kv_connector_metadata if isinstance(kv_connector_metadata, StepPlan) else self._plan()
-        if plan is not None and not plan.quiet:
-            self._before_forward(plan)
-
-    @timed
-    def _before_forward(self, plan: StepPlan) -> None:
-        if self._worker is not None:
-            self._worker.before_forward(plan)
+        if self._worker is not None and plan is not None and not plan.quiet:
+            self.hook_time.call(self._worker.before_forward, plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads."""
         del forward_context, kwargs
         plan = self._plan()
-        if plan is not None and plan.loads:
-            self._start_loads(plan)
-
-    @timed
-    def _start_loads(self, plan: StepPlan) -> None:
-        if self._worker is not None:
-            self._worker.start_loads(plan)
+        if self._worker is not None and plan is not None and plan.loads:
+            self.hook_time.call(self._worker.start_loads, plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is loaded layer by layer."""
@@ -156,27 +146,18 @@ class KVMarketConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         """After the forward: offer the blocks it completed."""
         plan = self._plan()
-        if plan is not None and plan.publish:
-            self._after_forward(plan)
-
-    @timed
-    def _after_forward(self, plan: StepPlan) -> None:
-        if self._worker is not None:
-            self._worker.after_forward(plan)
+        if self._worker is not None and plan is not None and plan.publish:
+            self.hook_time.call(self._worker.after_forward, plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests whose loads are over."""
-        plan, worker = self._plan(), self._worker
-        if worker is None or plan is None:
+        plan = self._plan()
+        if self._worker is None or plan is None:
             return None, None
         self.hook_time.steps += 1
-        return self._finished(worker, plan, finished_req_ids) if finished_req_ids or worker.loading else (None, None)
-
-    @timed
-    def _finished(
-        self, worker: WorkerRole, plan: StepPlan, finished_req_ids: set[str]
-    ) -> tuple[set[str] | None, set[str] | None]:
-        done, self._invalid = worker.finished(plan, finished_req_ids)
+        if not finished_req_ids and not self._worker.loading:
+            return None, None
+        done, self._invalid = self.hook_time.call(self._worker.finished, plan, finished_req_ids)
         return None, done or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -225,15 +206,9 @@ class KVMarketConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Learn which loads are over."""
-        if connector_output.finished_recving or connector_output.invalid_block_ids:
-            self._finished_loading(connector_output)
-
-    @timed
-    def _finished_loading(self, connector_output: Any) -> None:
-        if self._scheduler is not None:
-            self._scheduler.finished_loading(
-                set(connector_output.finished_recving or ()), set(connector_output.invalid_block_ids or ())
-            )
+        finished, invalid = connector_output.finished_recving, connector_output.invalid_block_ids
+        if self._scheduler is not None and (finished or invalid):
+            self.hook_time.call(self._scheduler.finished_loading, set(finished or ()), set(invalid or ()))
 
     @timed
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

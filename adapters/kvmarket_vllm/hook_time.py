@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from kvmarket_vllm.stats import Deltas, MarketStats
 
+T = TypeVar("T")
 Hook = TypeVar("Hook", bound="Callable[..., Any]")
 
 TELL_S = 1.0
@@ -43,16 +44,20 @@ class HookTime:
             deltas.add_labelled("hook_seconds", self.role, seconds)
         return deltas.take()
 
+    def call(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call what a hook has to do, and count the time it takes, also when it fails."""
+        began = time.perf_counter()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - began
+
 
 def timed(hook: Hook) -> Hook:
     """Count the time that a connector's method takes in its `hook_time`."""
 
     @wraps(hook)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return hook(self, *args, **kwargs)
-        finally:
-            self.hook_time.seconds += time.perf_counter() - began
+        return self.hook_time.call(hook, self, *args, **kwargs)
 
     return cast("Hook", counted)

@@ -58,7 +58,7 @@ class StepPlan(KVConnectorMetadata):
         keep: (registry key, key of the block before it or None, block id) of what is in `dirty`, to be copied before.
         forget: make every page unreadable first (the local prefix cache was reset).
         idle: nothing is computed in this step.
-        quiet: nothing of all that, nor a new request: steps that go on decoding are mostly so.
+        begins: a request begins in this step, or a load.
     """
 
     root: bytes = b""
@@ -68,4 +68,9 @@ class StepPlan(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     forget: bool = False
     idle: bool = False
-    quiet: bool = False
+    begins: bool = False
+
+    @property
+    def quiet(self) -> bool:
+        """True when workers have nothing to do before the forward: steps that go on decoding are mostly so."""
+        return not (self.begins or self.dirty or self.publish or self.loads or self.forget)

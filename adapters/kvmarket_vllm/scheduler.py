@@ -197,15 +197,15 @@ class SchedulerRole:
         plan, self._plan = self._plan, StepPlan()
         plan.root = self._root
         # A step that only goes on decoding, and completes no block, can do without knowing the epoch.
-        begins = bool(output.scheduled_new_reqs or plan.loads)
-        if begins and self._epoch_moved(cores or {}):
+        plan.begins = bool(output.scheduled_new_reqs or plan.loads)
+        if plan.begins and self._epoch_moved(cores or {}):
             plan.forget = True
             self._offers.void()
         if self._offers.pool_was_reset():
             plan.forget = True
             self._offers.clear()
         self._offers.step(output, self._requests, plan)
-        if plan.publish and not begins and self._epoch_moved(cores or {}):
+        if plan.publish and not plan.begins and self._epoch_moved(cores or {}):
             plan.forget = True
             plan.publish.clear()  # it was computed from what all are to forget
             self._offers.void()
@@ -215,7 +215,6 @@ class SchedulerRole:
         if plan.dirty:
             plan.keep = self._offers.overwritten()
         plan.idle = not output.total_num_scheduled_tokens
-        plan.quiet = not (begins or plan.dirty or plan.publish or plan.forget)
         for request_id in output.finished_req_ids:
             self._forget_request(request_id)
         return plan

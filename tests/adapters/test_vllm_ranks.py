@@ -1,4 +1,4 @@
-"""Engines of several workers (tensor and pipeline parallel): each rank fetches its part from the same rank of a peer.
+"""Engines of several workers (tensor parallel): each rank fetches its part from the same rank of a peer.
 
 What one rank cannot prove, no rank adopts.
 """
@@ -6,9 +6,11 @@ What one rank cannot prove, no rank adopts.
 import os
 import select
 import signal
+from functools import partial
 
 import pytest
 
+from kvmarket.testing.shared_prefix import answer
 from kvmarket.testing.tiny_models import random_prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -35,15 +37,13 @@ def in_ranks(replica, name, **arguments):
     return replica.call("vllm_ranks:in_ranks", name, **arguments)
 
 
-def ask(replica, prompt):
-    (answer,) = replica.generate([prompt], max_tokens=ANSWER_TOKENS)
-    return answer
+ask = partial(answer, max_tokens=ANSWER_TOKENS)
 
 
 def publish(publisher, prompt):
-    answer = ask(publisher, prompt)
+    computed = ask(publisher, prompt)
     in_ranks(publisher, "flush")
-    return answer
+    return computed
 
 
 def test_every_rank_fetches_its_own_part_and_tokens_do_not_change(replicas):
@@ -76,10 +76,10 @@ def test_what_one_rank_cannot_prove_no_rank_adopts(replicas, ranks):
     publish(publisher, prompt)
     in_ranks(publisher, "corrupt", ranks=ranks, index=12)
     before = reader.counters()
-    answer = ask(reader, prompt)
+    recomputed = ask(reader, prompt)
     after = reader.counters()
 
-    assert answer.tokens == right.tokens
+    assert recomputed.tokens == right.tokens
     assert after["vllm:kvmarket_load_failures"] - before["vllm:kvmarket_load_failures"] == len(ranks)
     refused = "vllm:kvmarket_blocks_refused{reason=digest_mismatch}"
     assert after[refused] - before.get(refused, 0) == len(ranks)
@@ -92,11 +92,11 @@ def test_other_numbers_of_ranks_share_nothing(fleet, replicas, truth):
     single = fleet.start()
     prompt = random_prompt(PROMPT_TOKENS, seed=9720)
     publish(publisher, prompt)
-    answer = ask(single, prompt)
+    alone = ask(single, prompt)
     single.stop()
 
-    assert answer.external_tokens == 0
-    assert answer.tokens == ask(truth, prompt).tokens
+    assert alone.external_tokens == 0
+    assert alone.tokens == ask(truth, prompt).tokens
 
 
 def test_a_killed_rank_is_a_miss(fleet, replicas):
@@ -109,8 +109,8 @@ def test_a_killed_rank_is_a_miss(fleet, replicas):
     signal.pidfd_send_signal(rank, signal.SIGKILL)
     assert select.select([rank], [], [], 10.0)[0]  # until it has ended it is an owner like any other
     os.close(rank)
-    answer = ask(reader, prompt)
+    missed = ask(reader, prompt)
 
-    assert answer.external_tokens == 0
-    assert answer.tokens == right.tokens
+    assert missed.external_tokens == 0
+    assert missed.tokens == right.tokens
     assert reader.counters()["vllm:kvmarket_errors"] == 0

@@ -25,7 +25,6 @@ ADDRESS = os.environ.get("KVMARKET_TEST_VERBS_ADDRESS", "")
 PAGES, PAGE_BYTES = 128, 256 << 10  # four groups: two are asked for before the first is in
 MTU_MAX = 4096
 SLOWER = 50.0
-"""An emulated machine connects at a tenth of the speed."""
 DEVICES = Path("/sys/class/infiniband")
 
 

@@ -13,7 +13,7 @@ from kvmarket.transport import ucx_rma, ucx_server
 from kvmarket.transport.ucx import UcxTransport
 from kvmarket.transport.ucx_driver import UcxDriver
 
-CONNECT_S = 15.0  # machines that run tests are busy, and UCX in an emulated one takes its time
+CONNECT_S = 15.0  # machines that run tests are busy, and an emulated one connects at a tenth of the speed
 
 
 class UcxConformance(TransportConformance):

@@ -293,15 +293,13 @@ def test_a_reset_that_the_registry_missed_is_made_up_for():
     assert role.deltas.totals["resets"] == 2
 
 
-@pytest.fixture
-def decoding():
-    """A role whose one request, of 16 prompt tokens in blocks of 4, was computed; and the output that decodes on."""
+def scheduling(core, number_of_blocks):
+    """A scheduler role with one request of 16 tokens, in blocks of 4, and the output of the step that computes it."""
     engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
     role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
-    role._opening = SimpleNamespace(get=lambda: {RANK: SimpleNamespace(epoch_hint=lambda: 1)}, failed=False)
-    hashes = [bytes([number]) * 32 for number in range(6)]
+    role._opening = SimpleNamespace(get=lambda: {RANK: core}, failed=False)
+    hashes = [bytes([number]) * 32 for number in range(number_of_blocks)]
     request = SimpleNamespace(request_id="a", block_hashes=hashes, num_tokens=17)
-    role._requests["a"] = request
     blocks = [SimpleNamespace(block_hash=block_hash + GROUP_SUFFIX) for block_hash in hashes]
     role.bind_pool(SimpleNamespace(blocks=blocks, cached_block_hash_to_block=None))
     output = SimpleNamespace(
@@ -311,15 +309,29 @@ def decoding():
         total_num_scheduled_tokens=16,
         finished_req_ids=(),
     )
+    return role, request, output
+
+
+def goes_on(output, computed, new_blocks=None):
+    """Make `output` that of a step in which the request goes on."""
+    output.scheduled_new_reqs = []
+    output.scheduled_cached_reqs = SimpleNamespace(
+        req_ids=["a"], new_block_ids=[new_blocks], num_computed_tokens=[computed]
+    )
+
+
+@pytest.fixture
+def decoding():
+    """A role whose one request was computed, and what plans a step that decodes on."""
+    role, request, output = scheduling(SimpleNamespace(epoch_hint=lambda: 1), 6)
+    role._requests["a"] = request
     first = role.plan_step(output)
     assert not first.quiet
     assert len(first.publish) == 4
-    output.scheduled_new_reqs, output.num_scheduled_tokens, output.total_num_scheduled_tokens = [], {"a": 1}, 1
+    output.num_scheduled_tokens, output.total_num_scheduled_tokens = {"a": 1}, 1
 
     def step(computed, new_blocks=None):
-        output.scheduled_cached_reqs = SimpleNamespace(
-            req_ids=["a"], new_block_ids=[new_blocks], num_computed_tokens=[computed]
-        )
+        goes_on(output, computed, new_blocks)
         return role.plan_step(output)
 
     return role, step
@@ -345,24 +357,9 @@ def test_a_step_is_quiet_only_if_a_worker_has_nothing_to_do(decoding):
 
 
 def test_while_a_reset_is_owed_nothing_is_fetched_or_offered():
-    engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
-    role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
     go_on = threading.Event()
     core = SimpleNamespace(bump_epoch=lambda: go_on.wait(10), epoch_hint=lambda: 1)
-    role._opening = SimpleNamespace(get=lambda: {RANK: core}, failed=False)
-    hashes = [bytes([number]) * 32 for number in range(4)]
-    request = SimpleNamespace(request_id="a", block_hashes=hashes, num_tokens=17)
-    cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[])
-    new = SimpleNamespace(req_id="a", block_ids=([0, 1, 2, 3],), num_computed_tokens=0)
-    output = SimpleNamespace(
-        scheduled_new_reqs=[new],
-        scheduled_cached_reqs=cached,
-        num_scheduled_tokens={"a": 16},
-        total_num_scheduled_tokens=16,
-        finished_req_ids=(),
-    )
-    blocks = [SimpleNamespace(block_hash=block_hash + GROUP_SUFFIX) for block_hash in hashes]
-    role.bind_pool(SimpleNamespace(blocks=blocks, cached_block_hash_to_block=None))
+    role, request, output = scheduling(core, 4)
 
     began = time.monotonic()
     assert not role.reset()
@@ -374,8 +371,7 @@ def test_while_a_reset_is_owed_nothing_is_fetched_or_offered():
     go_on.set()
     until(role._cores, "both resets are made")
     assert role.deltas.totals["resets"] == 2
-    output.scheduled_new_reqs = []
-    output.scheduled_cached_reqs = SimpleNamespace(req_ids=["a"], new_block_ids=[None], num_computed_tokens=[16])
+    goes_on(output, 16)
     plan = role.plan_step(output)
     assert plan.forget, "workers begin in the new epoch"
     assert plan.publish == [], "what was computed before it is not offered"
