@@ -139,12 +139,12 @@ class Publisher:
                 raise MarketClosedError("this marketplace is closed")
             numbers, table = self._region.page_numbers(pages), self._region.generations  # refuses before it is entered
             fresh = self._enter(dict(zip(keys, pages, strict=True)))
-            numbers = numbers if len(fresh) == len(numbers) else self._region.page_numbers(list(fresh.values()))
+            whole = len(fresh) == len(numbers)
+            numbers = numbers if whole else self._region.page_numbers(list(fresh.values()))
             generations = table.validate(numbers) if ended is None else table.reserve(numbers)
             job = Job(list(fresh), numbers, generations, done, ended, delay_s)
             if digests is not None:
-                known = dict(zip(keys, digests, strict=True))
-                job.digests = [known[key] for key in job.keys]
+                job.digests = list(digests if whole else map(dict(zip(keys, digests, strict=True)).__getitem__, fresh))
             self._put(job)
         return done
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class Fetched:
@@ -39,16 +40,18 @@ class Fetched:
     def forget_requests(self, request_ids: Iterable[str]) -> None:
         """Forget what these requests, which are over, have not had offered."""
         for request_id in request_ids:
-            for block in self._blocks_of.pop(request_id, ()):
-                if self._request_of.get(block) == request_id:
-                    self.take(block)
+            blocks = self._blocks_of.pop(request_id, ())
+            self.take([block for block in blocks if self._request_of.get(block) == request_id])
 
     def forget_digests(self) -> None:
         """Forget what blocks were compared with: they may be offered as something else than what they hold now."""
         self._digest_of.clear()
 
-    def take(self, block: int) -> bytes | None:
-        """Return the digest of a block that is offered now, empty where it is not known; None: it was not fetched."""
-        if self._request_of.pop(block, None) is None:
-            return None
-        return self._digest_of.pop(block, b"")
+    def take(self, blocks: Sequence[int]) -> list[bytes | None]:
+        """Return the digest of each of `blocks`, which are offered now or never will be, and forget them.
+
+        It is empty where it is not known, and None where the block was not fetched.
+        """
+        requests = map(self._request_of.pop, blocks, repeat(None))  # a prompt's worth at once
+        digests = map(self._digest_of.pop, blocks, repeat(b""))
+        return [None if request is None else digest for request, digest in zip(requests, digests, strict=True)]

@@ -130,20 +130,28 @@ class Offers:
         if table and table[0] in self._void:
             return
         first = self._seen.get(request_id, 0)
-        keys = block_keys(hashes[:end], first, self.seal) if end - first > 1 else []
-        for index in range(first, end):
-            block = table[index]
-            if block in self._void:
-                return  # and so is all that follows
-            if self._pool.blocks[block].block_hash != bytes(hashes[index]) + GROUP_SUFFIX:
-                return  # not final after this step (speculation, sampling under way): look again in the next one
-            key = keys[index - first] if keys else block_key(hashes, index, self.seal)
-            if self._offered.get(block) != key:
-                self._offered[block] = key
+        # A prompt may have a thousand blocks and is waited for: comparisons are of whole lists where they can be.
+        blocks = table[first:end]
+        if not self._void.isdisjoint(blocks):
+            blocks = blocks[: next(i for i, block in enumerate(blocks) if block in self._void)]
+        pool = self._pool.blocks
+        held = [pool[block].block_hash for block in blocks]
+        final = [bytes(hash_) + GROUP_SUFFIX for hash_ in hashes[first : first + len(blocks)]]
+        if held != final:  # not after this step (speculation, sampling under way): look again in the next one
+            blocks = blocks[: next(i for i, hash_ in enumerate(final) if held[i] != hash_)]
+        if not blocks:
+            return
+        end = self._seen[request_id] = first + len(blocks)
+        keys = block_keys(hashes[:end], first, self.seal) if len(blocks) > 1 else [block_key(hashes, first, self.seal)]
+        offered = self._offered
+        if [*map(offered.get, blocks)] == keys:  # a local hit
+            return
+        for index, (key, block) in enumerate(zip(keys, blocks, strict=True), first):
+            if offered.get(block) != key:
+                offered[block] = key
                 if self._keeps:
                     self._parents[block] = block_key(hashes, index - 1, self.seal) if index else None
                 plan.publish.append((key, block))
-            self._seen[request_id] = index + 1
 
 
 def _targets(copies: Any) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
@@ -240,20 +241,19 @@ class WorkerRole:
     def _offer_behind(self, publisher: Publisher, blocks: list[tuple[bytes, int]], ended: Any) -> None:
         """Offer what the engine has launched, and later what it fetched, whose digests may be known already."""
         soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(blocks) <= FEW_BLOCKS else 0.0
+        keys, pages = zip(*blocks, strict=True)
         if not self._fetched:
-            keys, pages = zip(*blocks, strict=True)
             publisher.offer(keys, pages, after=ended, delay_s=soon_s)
             return
-        computed: list[tuple[bytes, int, bytes]] = []
-        known, unknown = computed.copy(), computed.copy()
-        for key, page in blocks:
-            digest = self._fetched.take(page)
-            some = computed if digest is None else known if digest else unknown
-            some.append((key, page, digest or b""))
-        for some, delay_s in ((computed, soon_s), (known, FETCHED_LATER_S), (unknown, FETCHED_LATER_S)):
-            if some:
-                keys, pages, digests = zip(*some, strict=True)
-                publisher.offer(keys, pages, after=ended, delay_s=delay_s, digests=digests if some is known else None)
+        digests = self._fetched.take(pages)
+        computed = [digest is None for digest in digests]
+        known = list(map(bool, digests))
+        unknown = [digest == b"" for digest in digests]
+        for chosen, delay_s in ((computed, soon_s), (known, FETCHED_LATER_S), (unknown, FETCHED_LATER_S)):
+            if any(chosen):
+                some_keys, some_pages = list(compress(keys, chosen)), list(compress(pages, chosen))
+                some_digests = list(filter(None, digests)) if chosen is known else None
+                publisher.offer(some_keys, some_pages, after=ended, delay_s=delay_s, digests=some_digests)
 
     def finished(self, plan: StepPlan, over: set[str]) -> tuple[set[str], set[int]]:
         """Return the requests whose loads are over, each once, and the blocks among them that were not loaded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvmarket.errors import InvalidInputError, RegistryProtocolError
@@ -19,6 +20,15 @@ MEMORIES_MAX = 4096
 ADDRESSES_MAX = 64
 _ADDRESS_CHARS_MAX = 255
 WORD_MAX = 32
+
+
+@lru_cache(maxsize=64)
+def _one_of_its_kind(layout: PageLayout) -> PageLayout:
+    """Return the first layout that was equal to this one.
+
+    A copy looks for its tables by the layouts, and two objects of a hundred segments take a while to be found equal.
+    """
+    return layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,9 @@ class RegionDescriptor:
             count = max(len(memories), len(cuda))
             if len(segments) > SEGMENTS_MAX or count > MEMORIES_MAX:
                 raise RegistryProtocolError(f"a region of {len(segments)} segments in {count} memories is too large")
-            layout = PageLayout(_integer(num_pages), tuple(Segment(*map(_integer, item)) for item in segments))
+            layout = _one_of_its_kind(
+                PageLayout(_integer(num_pages), tuple(Segment(*map(_integer, item)) for item in segments))
+            )
             descriptor = cls(
                 region_id=_integer(wire["region"]),
                 fingerprint=_data(wire["spec"], 16),

@@ -109,43 +109,43 @@ def fetched():
 
 
 def test_a_fetched_block_is_offered_with_its_digest_once(fetched):
-    assert (fetched.take(7), fetched.take(7), fetched.take(9)) == (b"7", None, None)
+    assert (fetched.take([9, 7]), fetched.take([7])) == ([None, b"7"], [None])
     assert len(fetched) == 1
-    assert fetched.take(8) == b"8"
+    assert fetched.take([8]) == [b"8"]
 
 
 def test_blocks_of_a_load_that_was_not_compared_have_no_digest():
     fetched = Fetched()
     fetched.started("a", [7, 8])
     fetched.loaded("a", [])
-    assert fetched.take(7) == b""
+    assert fetched.take([7]) == [b""]
     fetched.started("b", [9, 10])
     fetched.loaded("b", [b"9"])
-    assert fetched.take(9) == b""
+    assert fetched.take([9]) == [b""]
 
 
 def test_nothing_is_left_of_a_request_that_ended_before_its_blocks_were_offered(fetched):
     fetched.forget_requests({"a", "unknown"})
-    assert fetched.take(7) is None
+    assert fetched.take([7]) == [None]
     fetched.loaded("a", [b"7", b"8"])  # its load ended after it did
-    assert fetched.take(8) is None
+    assert fetched.take([8]) == [None]
 
 
 def test_when_all_is_forgotten_blocks_stay_fetched_and_lose_their_digests(fetched):
     """They are not offered as what they hold now; what they are offered as later may have other bytes."""
     fetched.forget_digests()
-    assert (fetched.take(7), fetched.take(7)) == (b"", None)
+    assert (fetched.take([7]), fetched.take([7])) == ([b""], [None])
     fetched.started("b", [9])
     fetched.loaded("b", [b"9"])
-    assert fetched.take(9) == b"9"
+    assert fetched.take([9]) == [b"9"]
 
 
 def test_who_gets_the_blocks_of_a_request_that_is_over_does_not_get_its_digests(fetched):
     """In one step vLLM frees blocks, gives them to another load, and tells last who is over."""
     fetched.started("b", [8])
     fetched.forget_requests({"a"})
-    assert fetched.take(7) is None
-    assert fetched.take(8) == b""
+    assert fetched.take([7]) == [None]
+    assert fetched.take([8]) == [b""]
 
 
 def certain(verify, kind, outcome, records):
