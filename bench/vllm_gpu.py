@@ -1,6 +1,7 @@
-"""Stock vLLM replicas on one card: a 15,000-token prefix computed, fetched over CUDA IPC, and found in the own cache.
+"""Stock vLLM replicas on cards of one host: a 15,000-token prefix computed, fetched over CUDA IPC, and found locally.
 
 Replicas of a random Llama shape (bfloat16): A and B with the connector, P and Q without (Q not for the large shape).
+A and P run on the card of the source, B and Q on the other, if there is another; each sees its own card alone, or both.
 Decoding runs as CUDA graphs, so that a step is what the card takes and not what the host does; where that does not
 start, or with --eager, it does not. Prompt by prompt and interleaved, each of 64 answer tokens: P, Q and A compute the
 prompt (A publishes), B fetches it, then everybody asks again and hits its own cache. Then all decode after a short
@@ -9,6 +10,7 @@ ratios of medians; Q against P is what replicas differ without any connector. Wi
 own dummies: times only, its tokens say nothing. The last line is JSON.
 
     python bench/vllm_gpu.py [--shape 1b|8b] [--eager] [--prompts 12] [--prefix 15000] [--quick]
+                             [--card 0 --source-card 1 [--hide]]
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +46,40 @@ Answers = dict[str, list[Generation]]
 HookTimes = dict[str, tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all replicas have in common, and where they run.
+
+    Attributes:
+        model, scratch: directories.
+        size: of the model.
+        prefix: tokens.
+        card, source_card: of the reader, and of the publisher.
+        hide: each replica sees its own card alone.
+    """
+
+    model: Path
+    scratch: Path
+    size: ModelSize
+    prefix: int
+    card: int
+    source_card: int
+    hide: bool
+
+    def cards(self, name: str) -> str:
+        """Return what replica `name` sees, its own card first, as in ``CUDA_VISIBLE_DEVICES``."""
+        own, other = (self.card, self.source_card) if name in "BQ" else (self.source_card, self.card)
+        return str(own) if self.hide or own == other else f"{own},{other}"
+
+
 def card_name() -> str:
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def start(
-    host: ReplicaHost, model: Path, scratch: Path, size: ModelSize, prefix: int, *, graphs: bool
-) -> dict[str, Replica]:
+def start(host: ReplicaHost, setting: Setting, *, graphs: bool) -> dict[str, Replica]:
     """Start the replicas at the same time; each has room for a few prompts."""
+    size, prefix = setting.size, setting.prefix
     large = size is MODEL_8B
     room = (2 if large else 6) * (prefix + TAIL_TOKENS + ANSWER_TOKENS + BLOCK_SIZE) * size.kv_bytes_per_token(2)
     fields: dict[str, Any] = {
@@ -65,7 +93,16 @@ def start(
         args["load_format"] = "dummy"
     names = "ABP" if large else "ABPQ"
     replicas = {
-        name: host.launch(gpu_replica(model, scratch / "run", plain=name in "PQ", engine_args=args, **fields))
+        name: host.launch(
+            gpu_replica(
+                setting.model,
+                setting.scratch / "run",
+                plain=name in "PQ",
+                cards=setting.cards(name),
+                engine_args=args,
+                **fields,
+            )
+        )
         for name in names
     }
     for replica in replicas.values():
@@ -170,18 +207,16 @@ def summary(answers: Answers, busy: dict[str, list[float]], steady: dict[str, li
     }
 
 
-def started(
-    host: ReplicaHost, model: Path, scratch: Path, size: ModelSize, prefix: int, *, graphs: bool
-) -> tuple[dict[str, Replica], bool]:
+def started(host: ReplicaHost, setting: Setting, *, graphs: bool) -> tuple[dict[str, Replica], bool]:
     """Start the replicas, without CUDA graphs if they do not start with them; return also whether they have some."""
     try:
-        return start(host, model, scratch, size, prefix, graphs=graphs), graphs
+        return start(host, setting, graphs=graphs), graphs
     except ReplicaError as error:
         if not graphs:
             raise
         print(f"without CUDA graphs, since: {str(error)[-800:]}", file=sys.stderr)
         host.stop_all()
-        return start(host, model, scratch, size, prefix, graphs=False), False
+        return start(host, setting, graphs=False), False
 
 
 def arguments() -> argparse.Namespace:
@@ -190,10 +225,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--prompts", type=int, default=12, help="prompts (default 12)")
     parser.add_argument("--prefix", type=int, default=15_000, help="tokens of the prefix (default 15,000)")
+    parser.add_argument("--card", type=int, default=0, help="of the reader (default 0)")
+    parser.add_argument("--source-card", type=int, help="of the publisher (default: the reader's)")
+    parser.add_argument("--hide", action="store_true", help="let each replica see its own card alone")
     parser.add_argument("--models", type=Path, help="directory that keeps the checkpoint for the next run")
     parser.add_argument("--logs", type=Path, help="directory for what the replicas print")
     parser.add_argument("--quick", action="store_true", help="the tiny model, a short prefix and three prompts")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.source_card = options.card if options.source_card is None else options.source_card
+    return options
 
 
 def main() -> None:
@@ -205,7 +245,8 @@ def main() -> None:
         ReplicaHost(preload=False, log_dir=args.logs) as host,
     ):
         model = write_model(args.models or Path(name), size, weights=size is not MODEL_8B)
-        replicas, graphs = started(host, model, Path(name), size, prefix, graphs=not args.eager)
+        setting = Setting(model, Path(name), size, prefix, args.card, args.source_card, args.hide)
+        replicas, graphs = started(host, setting, graphs=not args.eager)
         for seed in range(count + WARM_UP):
             played = play(replicas, seed, prefix, size)
             for phase, generation in played.items() if seed >= WARM_UP else ():
@@ -221,6 +262,7 @@ def main() -> None:
     loads = max(counters["vllm:kvmarket_loads"], 1)
     result["load_ms_mean"] = round(1e3 * counters["vllm:kvmarket_load_seconds"] / loads, 3)
     result |= {"transport": transport, "prefix_tokens": prefix, "kv_mib": prefix * size.kv_bytes_per_token(2) >> 20}
+    result |= {"card_number": args.card, "source_card": args.source_card, "hidden": args.hide}
     result |= {"model_parameters": size.num_parameters, "prompts": count, "cuda_graphs": graphs}
     for phase, values in result["phases"].items():
         print(f"{phase:10}", *(f"{key} {value:>9.2f}" for key, value in values.items()))

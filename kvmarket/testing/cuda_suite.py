@@ -54,13 +54,10 @@ class CudaConformance(TransportConformance):
         return _after_first_wait(f"kvmarket.{'transport' if self.real else 'testing'}.{where}.wait", action)
 
     def unreachable(self, lent: Lent) -> list[tuple[Lent, str]]:
-        first, *others = lent.descriptor.cuda
-        elsewhere = (replace(first, device=bytes(16)), *others)
         return [
             (Lent(replace(lent.owner, boot_id="elsewhere", host="far"), lent.descriptor), "far is another host"),
             (Lent(replace(lent.owner, pid_namespace=1), lent.descriptor), "PID namespace"),
             (Lent(lent.owner, replace(lent.descriptor, cuda=())), "private"),
-            (Lent(lent.owner, replace(lent.descriptor, cuda=elsewhere)), "CUDA_VISIBLE_DEVICES"),
         ]
 
     def vanish(self, owner: Any) -> None:

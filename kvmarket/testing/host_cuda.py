@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kvmarket.digest import sum128
-from kvmarket.errors import PeerGoneError, RegistrationError
+from kvmarket.errors import PeerGoneError, RegistrationError, TransportUnavailableError
 from kvmarket.region.cuda import HANDLE_BYTES, NO_DIGESTS, CudaAddress, CudaApi, CudaPagedMemory, CudaTransfer
 from kvmarket.region.memory import MemoryAddress, SharedMemory, map_peer_memory
 from kvmarket.region.pages import copy_pages
@@ -109,6 +109,8 @@ class HostCuda(CudaApi):
         raise RegistrationError("the memory cannot be exported", scheme="cuda_ipc")
 
     def open(self, address: CudaAddress, device: int) -> Any:
+        if not self._peers and self.ordinal(address.device) != device:
+            raise TransportUnavailableError("the owner's allocation cannot be mapped", scheme="cuda_ipc")
         array = map_peer_memory(MemoryAddress(*_HANDLE.unpack(address.handle[: _HANDLE.size])))
         if len(array) != address.allocation_bytes:
             raise PeerGoneError("the owner's allocation is another one by now", scheme="cuda_ipc")

@@ -1,4 +1,4 @@
-"""How replicas of stock vLLM are started on a card that several of them share."""
+"""How replicas of stock vLLM are started on cards, which several of them share."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ def gpu_replica(
     runtime_dir: Path,
     *,
     plain: bool = False,
+    cards: str = "",
     environ: Mapping[str, str] | None = None,
     engine_args: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> ReplicaConfig:
-    """Describe a replica on the first card, with the connector unless `plain`.
+    """Describe a replica on the first card that it sees, with the connector unless `plain`.
 
-    Start it with a `ReplicaHost` that does not preload vLLM. `fields` are those of `ReplicaConfig`.
+    Start it with a `ReplicaHost` that does not preload vLLM. `cards` are those that it sees, its own first, as in
+    ``CUDA_VISIBLE_DEVICES``; default: those that this process sees. `fields` are those of `ReplicaConfig`.
     """
+    seen = {"CUDA_VISIBLE_DEVICES": cards} if cards else {}
     defaults = {
         "model": model,
         "connector": None if plain else CONNECTOR,
         "block_size": BLOCK_SIZE,
-        "environ": {**_ENVIRON, "KVMARKET_RUNTIME_DIR": str(runtime_dir), **(environ or {})},
+        "environ": {**_ENVIRON, **seen, "KVMARKET_RUNTIME_DIR": str(runtime_dir), **(environ or {})},
         # vLLM asks for this share of the card to be free, and takes what weights and `kv_cache_bytes` come to
         "engine_args": {"gpu_memory_utilization": 0.2, **(engine_args or {})},
     }

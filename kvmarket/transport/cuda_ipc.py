@@ -131,34 +131,39 @@ class _PeerMemory:
 
     def __init__(self, allocations: PeerAllocations, owner: OwnerInfo, descriptor: RegionDescriptor) -> None:
         self._allocations, self._owner, self._descriptor = allocations, owner, descriptor
-        self._api = api = allocations.api
-        device = api.ordinal(descriptor.cuda[0].device)
-        if device is None:
-            raise self._refusal("this process does not see the owner's card; let CUDA_VISIBLE_DEVICES name it, too")
-        self.device = device
+        self._api = allocations.api
+        self._device = self._api.ordinal(descriptor.cuda[0].device)  # None: CUDA_VISIBLE_DEVICES hides it from us
         self._lock = threading.Lock()
         self._views: dict[int, CudaPagedMemory] = {}
         self._kept: list[_Allocation] = []
 
-    def pages(self, device: int) -> CudaPagedMemory:
+    def pages(self, device: int | None = None) -> CudaPagedMemory:
         """Return the region, mapped for card `device` and proven by reading the owner's probe through the mapping.
+
+        Args:
+            device: default: the owner's card, or the first where that one is hidden from this process.
 
         Raises:
             TransportUnavailableError: that card cannot read it.
             PeerGoneError: what is there is not what was announced.
         """
+        if device is None:
+            device = self._device or 0
         with self._lock:
             if device not in self._views:
                 self._views[device] = self._map(device)
             return self._views[device]
 
     def _map(self, device: int) -> CudaPagedMemory:
-        if not self._api.peer_access(device, self.device):
-            raise self._refusal(f"cards {device} and {self.device} have no peer access to each other")
+        if self._device is not None and not self._api.peer_access(device, self._device):
+            raise self._refusal(f"cards {device} and {self._device} have no peer access to each other")
         try:
             probe, *memories = [self._view(address, device) for address in self._descriptor.cuda]
-        except TransportUnavailableError:
+        except TransportUnavailableError as error:
             _generations(self._owner, self._descriptor)  # who died since the connection was made is gone, and no more
+            if self._device is None:  # CUDA maps memory of hidden cards, too, where both cards have peer access
+                why = "this process does not see the owner's card; let CUDA_VISIBLE_DEVICES name it, too"
+                raise self._refusal(f"{error}; {why}") from error
             raise
         if self._api.download(probe) != self._descriptor.probe:
             raise PeerGoneError("the probe read other bytes than the owner announced", scheme="cuda_ipc")
@@ -217,7 +222,7 @@ class CudaIpcConnection(Connection):
         if isinstance(local, CudaPagedMemory):
             self._source(local.device)
         elif local is None and self._peer is not None:
-            self._peer.pages(self._peer.device)
+            self._peer.pages()
 
     def stream(self, local: PagedMemory) -> Stream | None:
         return self._stream(local)

@@ -1,4 +1,7 @@
-"""Stock vLLM replicas on one card, as processes: what one computed another fetches over CUDA IPC.
+"""Stock vLLM replicas as processes: what one computed another fetches over CUDA IPC.
+
+Readers run on the second card where there is one: one of them sees both cards, the others see their own alone. Else all
+share a card.
 
 Tokens are compared in float32 (Triton attention without TensorFloat-32; FlashAttention has no float32). In bfloat16
 (FlashAttention) an answer depends on where chunks of the prompt end: there the right one is that of a replica that hits
@@ -26,8 +29,9 @@ SMALL = {"kv_cache_bytes": 120 * BLOCK_SIZE * TINY_MODEL.kv_bytes_per_token(), "
 
 
 @pytest.fixture(scope="module")
-def replicas(request, vllm_installed, tmp_path_factory):
+def replicas(request, gpu, vllm_installed, tmp_path_factory):
     """All replicas of this file, started together: they meet in one directory."""
+    both, hidden = ("1,0", "1") if gpu.cupy.cuda.runtime.getDeviceCount() > 1 else ("", "")
     scratch = tmp_path_factory.mktemp("vllm")
     model, meeting = write_model(scratch, TINY_MODEL), scratch / "run"
     exact = {"kv_cache_bytes": 512 << 20, "max_batched_tokens": 8192}
@@ -35,11 +39,11 @@ def replicas(request, vllm_installed, tmp_path_factory):
     configs = {
         "truth": gpu_replica(model, meeting, plain=True, **exact),
         "owner": gpu_replica(model, meeting, **exact),
-        "reader": gpu_replica(model, meeting, **exact),
+        "reader": gpu_replica(model, meeting, cards=both, **exact),
         "small owner": gpu_replica(model, meeting, **SMALL),
-        "small reader": gpu_replica(model, meeting, **SMALL),
+        "small reader": gpu_replica(model, meeting, cards=hidden, **SMALL),
         "bf16 owner": gpu_replica(model, meeting, **bf16),
-        "bf16 reader": gpu_replica(model, meeting, **bf16),
+        "bf16 reader": gpu_replica(model, meeting, cards=hidden, **bf16),
     }
     with ReplicaHost(preload=False, log_dir=scratch / "logs", python_path=[request.path.parent]) as host:
         started = {name: host.launch(config) for name, config in configs.items()}

@@ -76,8 +76,15 @@ def test_cards_without_peer_access_are_a_miss_that_names_them(peers, runtime_dir
     assert "cards 0 and 1 have no peer access" in outcome.detail
 
 
-def test_a_card_that_is_hidden_is_a_miss_that_says_how_to_show_it(peers, runtime_dir, fetch):
+def test_a_card_that_is_hidden_is_read_all_the_same(peers, runtime_dir, fetch):
+    peers.spawn().call(publish, str(runtime_dir), (1,), 0)
+    _, local, outcome = fetch((0,), 0)
+    assert (outcome.blocks, outcome.reason, outcome.transfers[0].path) == (PAGES, MissReason.NONE, "kernel(cuda_ipc)")
+    assert (local.memories[0] == 7).all()
+
+
+def test_a_hidden_card_that_cannot_be_mapped_is_a_miss_that_says_how_to_show_it(peers, runtime_dir, fetch):
     peers.spawn().call(publish, str(runtime_dir), (0, 1), 1)
-    _, _, outcome = fetch((0,), 0)
+    _, _, outcome = fetch((0,), 0, peers=False)
     assert (outcome.blocks, outcome.reason) == (0, MissReason.UNREACHABLE)
     assert "CUDA_VISIBLE_DEVICES" in outcome.detail
