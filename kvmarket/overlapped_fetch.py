@@ -72,6 +72,7 @@ class OverlappedFetch:
         self._region = -1
         self._connection: Connection | None = None
         self._stream: Stream | None = None
+        self._failure: TransportError | None = None
         self._open = True
         self._blocks = 0
         self._verifications: list[tuple[int, Verification]] = []
@@ -104,6 +105,7 @@ class OverlappedFetch:
             for _ in range(groups_max):
                 keys = next(self._groups, None)
                 if keys is None:
+                    self._flush()
                     found = lookup.result()
                     break
                 self._take(keys)
@@ -161,7 +163,19 @@ class OverlappedFetch:
         targets = self.local_pages[first : self._blocks]
         verification = Verification(verify, mine, self.local, targets, self._connection.digest)
         self._verifications.append((first, verification))
-        return self._stream.add(verification.request, self.deadline)
+        try:
+            return self._stream.add(verification.request, self.deadline)
+        except TransportError as error:
+            self._failure = error
+            return False
+
+    def _flush(self) -> None:
+        """Start what was found and has not been started: nothing more is found."""
+        if self._stream is not None and self._failure is None:
+            try:
+                self._stream.flush()
+            except TransportError as error:
+                self._failure = error
 
     def _connect(self, part: Part, lookup: Lookup, *, may_connect: bool) -> bool:
         number, region = part.source
@@ -204,7 +218,7 @@ class OverlappedFetch:
         stream, self._stream = self._stream, None
         if stream is not None:
             with contextlib.suppress(TransportError):
-                stream.finish()
+                stream.abandon()
 
     def settle(self) -> None:
         """Wait for what was started, and add what is good of it to `outcome`. Idempotent."""
@@ -216,6 +230,9 @@ class OverlappedFetch:
         outcome.stages |= self.stages
         began = time.perf_counter()
         try:
+            if self._failure is not None:
+                stream.abandon()
+                raise self._failure
             report = stream.finish()
         except TransportError as error:
             self._fetcher.failed(owner, error, outcome)

@@ -78,12 +78,16 @@ class Stream(ABC):
 
     @abstractmethod
     def add(self, request: ReadRequest, deadline: Deadline) -> bool:
-        """Start reading more pages, into the same memory as before; return soon.
+        """Start reading more pages, into the same memory as before, at the latest with `flush`; return soon.
 
         Returns:
             False when the read is over: a page was refused or the deadline passed. `finish` names the pages that were
             not read because of that.
         """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Start what was added and waits for more to go with it; nothing else will be added soon."""
 
     @property
     @abstractmethod
@@ -92,9 +96,17 @@ class Stream(ABC):
 
     @abstractmethod
     def finish(self) -> TransferReport:
-        """Wait for everything that was started; same promises, errors and report as `Connection.read`.
+        """Wait for everything that was added; same promises, errors and report as `Connection.read`.
 
-        Must be called once, whatever happened.
+        This or `abandon` must be called once, whatever happened.
+        """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Start nothing more, and wait until nothing writes to local memory any more.
+
+        Raises:
+            TransferError: the card failed, or does not end what was started.
         """
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 READ_GROUPS, READ_GROUP_BYTES_MIN = 4, 8 << 20
-"""A read of pages that are all known goes in about so many launches, of at least so many bytes."""
+"""A read whose caller wants to hear of groups goes in about so many launches, of at least so many bytes; others in one,
+if it is not too large."""
 
 
 @dataclass(eq=False)
@@ -209,9 +210,11 @@ class CudaIpcConnection(Connection):
         return readable(self._generations, pages, generations)
 
     def read(self, request: ReadRequest, *, deadline: Deadline, on_group: OnGroup | None = None) -> TransferReport:
-        # In parts, so that checks and digests overlap with copying.
-        nbytes = len(request.pages) * request.local.layout.page_bytes
-        stream = self._stream(request.local, on_group, max(nbytes // READ_GROUPS, READ_GROUP_BYTES_MIN))
+        group_bytes = GROUP_BYTES_MAX
+        if on_group is not None:
+            nbytes = len(request.pages) * request.local.layout.page_bytes
+            group_bytes = max(nbytes // READ_GROUPS, READ_GROUP_BYTES_MIN)
+        stream = self._stream(request.local, on_group, group_bytes)
         try:
             stream.add(request, deadline)
         finally:

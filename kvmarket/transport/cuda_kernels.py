@@ -4,7 +4,8 @@ Copies move any number of pages between any two layouts in one launch. `copy_wid
 `WIDE_BYTES`, 16-byte aligned on both sides, as engines have them: a block of threads takes one slice of one page.
 `copy_any` is for everything else: a warp takes one slice. `copy_wide_sum` is `copy_wide` that adds up the digests
 (`kvmarket.digest.sum128`) of what it has just loaded, without a second pass; `copy_few` and `copy_few_sum` are the same
-for up to `FEW_PAGES` pages, whose numbers are part of the launch. `sum_pages` digests pages in place.
+for up to `FEW_PAGES` pages, whose numbers are part of the launch, and `copy_many` and `copy_many_sum` for up to
+`MANY_PAGES`, which not every driver takes. `sum_pages` digests pages in place.
 
 Neighbouring blocks take the same slice of different pages, which reads faster than slice after slice of one page.
 """
@@ -32,8 +33,9 @@ WIDE_BYTES = BLOCK_THREADS * VECTOR_BYTES * WIDE_VECTORS
 """Each thread of a block has `WIDE_VECTORS` loads of 16 bytes in flight before it stores."""
 SLICE_BYTES = 4096
 """What a warp takes at most."""
-FEW_PAGES = 256
-"""Arguments of a kernel may have 4 KiB."""
+FEW_PAGES, MANY_PAGES = 256, 2048
+"""Arguments of a kernel may have 4 KiB, and from CUDA `MANY_SINCE` on 32,764 bytes."""
+MANY_SINCE = 12, 1
 
 _ADDRESSES = ("source", "target", "source_stride", "target_stride")
 SLICE = np.dtype(
@@ -41,14 +43,14 @@ SLICE = np.dtype(
 )
 """A row of the copy table: addresses of the slice in page 0, bytes from page to page, widest access in bytes, and the
 number in its page of the first 8-byte word."""
-FEW = np.dtype(
-    [
-        *((name, "u8") for name in ("slices", "sums", "digests", "page_bytes", "num_pages")),
-        ("source", "u4", FEW_PAGES),
-        ("target", "u4", FEW_PAGES),
-    ]
-)
-"""The argument of `copy_few` and `copy_few_sum`."""
+
+
+def pages_argument(num_pages: int) -> np.dtype[np.void]:
+    """Return the argument of `copy_few` and `copy_few_sum`, or of those for `MANY_PAGES`."""
+    head = [(name, "u8") for name in ("slices", "sums", "digests", "page_bytes", "num_pages")]
+    return np.dtype([*head, ("source", "u4", num_pages), ("target", "u4", num_pages)])
+
+
 SUM_BYTES = 24
 """Of one page's sums."""
 SPAN = np.dtype([("base", "u8"), ("stride", "u8"), ("word", "u4"), ("words", "u4")])
@@ -176,30 +178,45 @@ extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_wide_sum(
 }}
 
 // A launch of few pages brings their numbers along as its argument: nothing has to be fetched from the host first.
-struct Few {{
+template <unsigned int pages_max>
+struct Pages {{
     const Slice* slices;
     Sum* sums;
     ulonglong2* digests;
     unsigned long long page_bytes, num_pages;
-    unsigned int source[{FEW_PAGES}], target[{FEW_PAGES}];
+    unsigned int source[pages_max], target[pages_max];
 }};
 
-template <bool with_sums>
-__device__ __forceinline__ void copy_these(const Few& few) {{
-    const unsigned int num_pages = few.num_pages, row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
+template <bool with_sums, unsigned int pages_max>
+__device__ __forceinline__ void copy_these(const Pages<pages_max>& these) {{
+    const unsigned int num_pages = these.num_pages, row = blockIdx.x / num_pages, number = blockIdx.x - row * num_pages;
     unsigned long long a, b;
-    copy_slice<with_sums>(few.slices[row], few.source[number], few.target[number], a, b);
+    copy_slice<with_sums>(these.slices[row], these.source[number], these.target[number], a, b);
     if (with_sums && threadIdx.x == 0)
-        add_row(few.sums + number, gridDim.x / num_pages, a, b, few.page_bytes, few.digests + number);
+        add_row(these.sums + number, gridDim.x / num_pages, a, b, these.page_bytes, these.digests + number);
 }}
 
-extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_few(const __grid_constant__ Few few) {{
-    copy_these<false>(few);
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_few(
+        const __grid_constant__ Pages<{FEW_PAGES}> these) {{
+    copy_these<false>(these);
 }}
 
-extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_few_sum(const __grid_constant__ Few few) {{
-    copy_these<true>(few);
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_few_sum(
+        const __grid_constant__ Pages<{FEW_PAGES}> these) {{
+    copy_these<true>(these);
 }}
+
+#if MANY
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_many(
+        const __grid_constant__ Pages<{MANY_PAGES}> these) {{
+    copy_these<false>(these);
+}}
+
+extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_many_sum(
+        const __grid_constant__ Pages<{MANY_PAGES}> these) {{
+    copy_these<true>(these);
+}}
+#endif
 
 extern "C" __global__ void __launch_bounds__({BLOCK_THREADS}) copy_any(
         const Slice* __restrict__ slices, unsigned int num_pages, const ulonglong2* __restrict__ pages,

@@ -13,7 +13,7 @@ import numpy as np
 from kvmarket.announced import DIGEST_BYTES
 from kvmarket.errors import InvalidInputError, TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaTransfer
-from kvmarket.transport.cuda_kernels import FEW, SUM_BYTES
+from kvmarket.transport.cuda_kernels import FEW_PAGES, MANY_PAGES, SUM_BYTES, pages_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,8 @@ class Lane:
         self._sums: Any = None
         self._places = (0, 0)
         self.digests: np.ndarray = NO_DIGESTS
-        self.few = FewPages()
+        self._few = PagesArgument(FEW_PAGES)
+        self._many: PagesArgument | None = None
 
     def load(self, data: np.ndarray) -> int:
         """Put an array where kernels of this lane find it, without waiting; return its address there.
@@ -85,6 +86,14 @@ class Lane:
         there = int(self._device.ptr)
         self._runtime.memcpyAsync(there, here, nbytes, self._runtime.memcpyHostToDevice, self.stream.ptr)
         return there
+
+    def argument(self, pages: int) -> PagesArgument:
+        """Return what a launch of so many pages, of at most `MANY_PAGES`, brings along."""
+        if pages <= FEW_PAGES:
+            return self._few
+        if self._many is None:
+            self._many = PagesArgument(MANY_PAGES)
+        return self._many
 
     def summing(self, pages: int) -> tuple[int, int]:
         """Return the addresses of sums of (pages,), zero when the stream has come this far, and of their digests.
@@ -126,15 +135,18 @@ class Lane:
             raise TransferError(f"the card failed: {error}", scheme=SCHEME) from error
 
 
-class FewPages:
+class PagesArgument:
     """The argument of a launch that brings its page numbers along.
+
+    Args:
+        pages_max: how many.
 
     Attributes:
         arguments: a C array of the one address where it is, as launches take it.
     """
 
-    def __init__(self) -> None:
-        argument = np.zeros(1, FEW)
+    def __init__(self, pages_max: int) -> None:
+        argument = np.zeros(1, pages_argument(pages_max))
         self._source, self._target = argument[0]["source"], argument[0]["target"]
         self._head = argument.view(np.uint8).data
         self.arguments = (ctypes.c_void_p * 1)(argument.ctypes.data)

@@ -14,7 +14,16 @@ from kvmarket.errors import TransferError
 from kvmarket.region.cuda import NO_DIGESTS, CudaPagedMemory
 from kvmarket.region.pages import PageLayout, Segment
 from kvmarket.transport.cuda_driver import CudaDriverError
-from kvmarket.transport.cuda_kernels import BLOCK_THREADS, FEW_PAGES, SOURCE, WARP, copy_table, digest_table
+from kvmarket.transport.cuda_kernels import (
+    BLOCK_THREADS,
+    FEW_PAGES,
+    MANY_PAGES,
+    MANY_SINCE,
+    SOURCE,
+    WARP,
+    copy_table,
+    digest_table,
+)
 from kvmarket.transport.cuda_lanes import SCHEME, Lane, LaneTransfer, current_device, event_handle
 
 if TYPE_CHECKING:
@@ -61,7 +70,10 @@ class CardWork:
     def __init__(self, cupy: Any, driver: CudaDriver, devices: int) -> None:
         self._driver, self.launches, self.uploads = driver, 0, 0
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
-        self._module = cupy.RawModule(code=SOURCE, options=("--std=c++17",))
+        compiler, running = cupy.cuda.nvrtc.getVersion(), self._runtime.driverGetVersion()
+        many = compiler >= MANY_SINCE and running >= 1000 * MANY_SINCE[0] + 10 * MANY_SINCE[1]
+        self._pages_max = MANY_PAGES if many else FEW_PAGES
+        self._module = cupy.RawModule(code=SOURCE, options=("--std=c++17", f"-DMANY={int(many)}"))
         self._kernels: dict[str, Any] = {}
         self._functions: dict[tuple[int, str], int] = {}
         self._lock = threading.Lock()
@@ -87,9 +99,9 @@ class CardWork:
             lane = self._lane(device)
             try:
                 table = self._copy_table(source, target, lane)
-                if table.summing and 0 < len(source_pages) <= FEW_PAGES and (digest is None or digest is True):
+                if table.summing and 0 < len(source_pages) <= self._pages_max and (digest is None or digest is True):
                     summing = digest is True
-                    finish = self._launch_few(lane, table, source_pages, target, target_pages, summing=summing)
+                    finish = self._launch_pages(lane, table, source_pages, target, target_pages, summing=summing)
                 else:
                     chosen = _digested(target_pages, digest)
                     finish = self._launch_copy(lane, table, _pairs(source_pages, target_pages), target, chosen)
@@ -97,7 +109,7 @@ class CardWork:
                 raise TransferError(f"a copy cannot be launched: {error}", scheme=SCHEME) from error
         return LaneTransfer(lane, self._idle[device], (source, target), finish)
 
-    def _launch_few(
+    def _launch_pages(
         self,
         lane: Lane,
         table: _Table,
@@ -107,14 +119,16 @@ class CardWork:
         *,
         summing: bool,
     ) -> Callable[[], np.ndarray] | None:
-        """Do what `_launch_copy` does, with one call of the driver, for few pages of which all or none are digested."""
+        """Do what `_launch_copy` does, with one call of the driver, for pages of which all or none are digested."""
         count = len(source_pages)
         sums, digests = lane.summing(count) if summing else (0, 0)
-        lane.few.fill(source_pages, target_pages, (table.address, sums, digests, target.layout.page_bytes))
-        function = self._function(target.device, "copy_few_sum" if summing else "copy_few")
+        argument = lane.argument(count)
+        argument.fill(source_pages, target_pages, (table.address, sums, digests, target.layout.page_bytes))
+        kernel = "copy_few" if count <= FEW_PAGES else "copy_many"
+        function = self._function(target.device, f"{kernel}_sum" if summing else kernel)
         if target.after is not None:
             self._runtime.streamWaitEvent(lane.stream.ptr, event_handle(target.after))
-        self._driver.launch(function, table.rows * count, BLOCK_THREADS, lane.stream.ptr, lane.few.arguments)
+        self._driver.launch(function, table.rows * count, BLOCK_THREADS, lane.stream.ptr, argument.arguments)
         self.launches += 1
         lane.event.record(lane.stream)
         return lane.digests[:count].copy if summing else None

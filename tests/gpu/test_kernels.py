@@ -7,6 +7,7 @@ from kvmarket.digest import page_digests, sum128
 from kvmarket.region.pages import PagedMemory, PageLayout, Segment
 from kvmarket.testing.cuda_owner import Card
 from kvmarket.testing.region_owner import page_bytes_of, random_layout
+from kvmarket.transport.cuda_kernels import FEW_PAGES, MANY_PAGES, WIDE_BYTES
 
 PAGES = 7
 
@@ -96,6 +97,24 @@ def test_a_wide_copy_of_many_scattered_pages_digests_them_all(card):
         expected = [sum128(page_bytes_of(host, page)) for page in sources.tolist()]
         assert transfer.digests.tolist() == expected
         assert [sum128(page_bytes_of(found, page)) for page in targets.tolist()] == expected
+
+
+@pytest.mark.parametrize("count", [FEW_PAGES, FEW_PAGES + 1, MANY_PAGES, MANY_PAGES + 1])
+@pytest.mark.parametrize("digest", [True, None])
+def test_page_numbers_come_with_the_launch_or_from_a_list(card, count, digest):
+    rng = np.random.default_rng(count)
+    packed = PageLayout.packed(MANY_PAGES + 9, WIDE_BYTES), [(MANY_PAGES + 9) * WIDE_BYTES]
+    source, target = filled(card, rng, *packed), card.memory(*packed)
+    sources, targets = (rng.permutation(MANY_PAGES + 9)[:count] for _ in range(2))
+    before = on_host(card, target).memories[0].reshape(-1, WIDE_BYTES)
+    for _ in range(2):
+        transfer = card.api.copy(source, sources, target, targets, digest)
+        transfer.wait()
+    host = on_host(card, source).memories[0].reshape(-1, WIDE_BYTES)
+    expected = before.copy()
+    expected[targets] = host[sources]
+    assert (on_host(card, target).memories[0].reshape(-1, WIDE_BYTES) == expected).all()
+    assert transfer.digests.tolist() == ([sum128(page) for page in host[sources]] if digest else [])
 
 
 @pytest.mark.parametrize("seed", range(20))

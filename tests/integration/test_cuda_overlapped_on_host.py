@@ -5,7 +5,7 @@ import pytest
 from cuda_jobs import KEYS, PAGES, pages_on, publish, same_bytes, scribble
 
 from kvmarket.deadline import Deadline
-from kvmarket.errors import InvalidInputError
+from kvmarket.errors import InvalidInputError, TransferError
 from kvmarket.registry import block_keys
 from kvmarket.report import MissReason
 from kvmarket.testing.host_cuda import HostTransfer
@@ -115,6 +115,25 @@ def test_an_error_meanwhile_leaves_no_copy_behind(peers, runtime_dir, api, open_
     with pytest.raises(InvalidInputError, match="bad keys"):
         fetch_in_groups(open_core(), pages_on(api, 2), groups())
     assert waited
+
+
+def test_a_card_that_fails_is_a_miss_whichever_copy_it_was(peers, runtime_dir, api, open_core, monkeypatch):
+    peers.spawn().call(publish, str(runtime_dir))
+    waits, original = [], HostTransfer.wait
+
+    def wait(transfer):
+        if waits and not waits.pop():
+            raise TransferError("the card failed", scheme="cuda_ipc")
+        original(transfer)
+
+    core = open_core()
+    monkeypatch.setattr(HostTransfer, "wait", wait)
+    for good in range(len(GROUPS)):
+        waits[:] = [False, *[True] * good]
+        outcome = fetch_in_groups(core, pages_on(api, 2)).outcome
+        assert (outcome.blocks, outcome.reason) == (0, MissReason.OWNER_GONE)
+        assert "the card failed" in outcome.detail
+        assert fetch_in_groups(core, pages_on(api, 2)).outcome.blocks == PAGES
 
 
 def test_an_answer_remembered_is_forgotten_with_the_first_write_and_with_its_owner(peers, runtime_dir, api, open_core):

@@ -1,0 +1,200 @@
+"""A read on a card whose pages come in parts: which of them share a launch, and what becomes of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kvmarket.announced import Announced
+from kvmarket.deadline import Deadline
+from kvmarket.errors import TransferError
+from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.pages import PageLayout
+from kvmarket.report import MissReason
+from kvmarket.testing.host_cuda import HostCuda, HostTransfer
+from kvmarket.transport.cuda_stream import IN_FLIGHT, CudaStream
+from kvmarket.verification import Verification
+
+PAGES, PAGE_BYTES = 24, 64
+PART = 3
+
+
+class BusyCard(HostCuda):
+    """Ends copies when told to, and only then; a failing one fails in all that are waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied, self.busy, self.failing = [], True, False
+        card = self
+
+        class Transfer(HostTransfer):
+            ended = property(lambda _: not card.busy)
+
+            def wait(self):
+                if card.failing:
+                    raise TransferError("the card failed", scheme="cuda_ipc")
+                super().wait()
+
+        self._transfer = Transfer
+
+    def copy(self, source, source_pages, target, target_pages, digest=None):
+        self.copied.append(source_pages.tolist())
+        transfer = super().copy(source, source_pages, target, target_pages, digest)
+        return self._transfer(transfer._copy)
+
+
+@pytest.fixture
+def card():
+    card = BusyCard()
+    yield card
+    card.close()
+
+
+@pytest.fixture
+def scene(card):
+    """Memories of both sides, generations, and what was announced of pages in an order of their own."""
+
+    layout = PageLayout.packed(PAGES, PAGE_BYTES)
+    scene = SimpleNamespace(
+        generations=np.full(PAGES, 2, np.uint64),
+        order=np.random.default_rng(5).permutation(PAGES),
+        deadline=Deadline(10),
+        checks=[],
+    )
+    scene.source, scene.local = (
+        CudaPagedMemory.of(card, layout, [card.allocate(PAGES * PAGE_BYTES, 0)]) for _ in range(2)
+    )
+    scene.source.memories[0][:] = np.random.default_rng(6).integers(0, 256, PAGES * PAGE_BYTES, np.uint8)
+    scene.digests = card.digests(scene.source, scene.order)
+    scene.stream = CudaStream("path", scene.local, scene.source, scene.generations)
+    return scene
+
+
+def add(scene, first, count=PART, mode="full"):
+    """Add pages `first`, `first` + 1, ... of the order, to be verified as a fetch has it done."""
+    part = slice(first, first + count)
+    announced = Announced(scene.order[part].copy(), np.full(count, 2, np.uint64), scene.digests[part].copy())
+    check = Verification(mode, announced, scene.local, np.arange(PAGES)[part], "sum128")
+    scene.checks.append(check)
+    return scene.stream.add(check.request, scene.deadline)
+
+
+def arrived(scene, count):
+    here, there = (memory.memories[0].reshape(PAGES, PAGE_BYTES) for memory in (scene.local, scene.source))
+    return (here[:count] == there[scene.order[:count]]).all()
+
+
+def test_a_card_that_is_busy_gets_the_rest_in_one_launch(card, scene):
+    for first in range(0, PAGES, PART):
+        assert add(scene, first)
+    assert not scene.stream.ended
+    assert [len(pages) for pages in card.copied] == [PART] * IN_FLIGHT
+    scene.stream.flush()
+    report = scene.stream.finish()
+    assert card.copied[IN_FLIGHT:] == [scene.order[IN_FLIGHT * PART :].tolist()]
+    assert (report.pages, report.refused) == (PAGES, {})
+    assert arrived(scene, PAGES)
+    assert [check.blocks for check in scene.checks] == [PART] * (PAGES // PART)
+    assert not any(check.mismatched for check in scene.checks)
+
+
+def test_an_idle_card_gets_each_part_at_once(card, scene):
+    card.busy = False
+    for first in range(0, PAGES, PART):
+        assert add(scene, first)
+        assert card.copied[-1] == scene.order[first : first + PART].tolist()
+    assert scene.stream.ended
+    assert scene.stream.finish().pages == PAGES
+    assert arrived(scene, PAGES)
+
+
+def test_what_waits_goes_when_the_card_is_idle_again(card, scene):
+    for first in range(0, 4 * PART, PART):
+        add(scene, first)
+    card.busy = False
+    add(scene, 4 * PART)
+    assert [len(pages) for pages in card.copied] == [PART, PART, 3 * PART]
+    assert scene.stream.finish().pages == 5 * PART
+
+
+def test_wrong_and_torn_pages_of_a_shared_launch_are_told_apart(card, scene):
+    for first in range(0, PAGES, PART):
+        add(scene, first)
+    scene.source.memories[0].reshape(PAGES, PAGE_BYTES)[scene.order[13]] ^= 1
+    scene.stream.flush()
+    scene.generations[scene.order[20]] = 3
+    report = scene.stream.finish()
+    assert report.refused == {20: MissReason.TORN}
+    mismatched = {number: check.mismatched for number, check in enumerate(scene.checks) if check.mismatched}
+    assert mismatched == {13 // PART: {13 % PART}}
+    assert report.pages == PAGES - 1
+
+
+def test_a_page_that_is_stale_ends_the_read_behind_those_that_wait(card, scene):
+    scene.generations[scene.order[16]] = 3
+    for first in range(0, 15, PART):
+        assert add(scene, first)
+    assert not add(scene, 15)
+    report = scene.stream.finish()
+    assert report.refused == {16: MissReason.STALE_GENERATION}
+    assert arrived(scene, 16)
+    assert scene.checks[5].blocks == 2
+
+
+def test_a_torn_page_spares_the_card_what_waits_behind_it(card, scene):
+    for first in range(0, 4 * PART, PART):
+        add(scene, first)
+    scene.generations[scene.order[1]] = 3
+    card.busy = False
+    assert not add(scene, 4 * PART)
+    report = scene.stream.finish()
+    assert len(card.copied) == IN_FLIGHT
+    assert report.refused == dict.fromkeys([1, *range(IN_FLIGHT * PART, 5 * PART)], MissReason.TORN)
+    assert report.pages == IN_FLIGHT * PART - 1
+
+
+def test_what_waits_when_the_deadline_passes_is_not_read(card, scene):
+    for first in range(0, 4 * PART, PART):
+        add(scene, first)
+    scene.deadline.cancel()
+    report = scene.stream.finish()
+    assert len(card.copied) == IN_FLIGHT
+    assert report.refused == dict.fromkeys(range(IN_FLIGHT * PART, 4 * PART), MissReason.DEADLINE)
+    assert arrived(scene, IN_FLIGHT * PART)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "none"])
+def test_parts_of_which_not_all_are_digested_go_by_themselves(card, scene, mode):
+    for first in range(0, PAGES, PART):
+        add(scene, first, mode=mode)
+    report = scene.stream.finish()
+    assert (report.pages, report.refused) == (PAGES, {})
+    assert len(card.copied) == PAGES // PART
+    assert arrived(scene, PAGES)
+
+
+def test_launches_have_a_size_that_they_do_not_exceed(card, scene):
+    scene.stream = CudaStream("path", scene.local, scene.source, scene.generations, group_bytes=7 * PAGE_BYTES)
+    add(scene, 0, 10)
+    for first in range(10, 22, PART):
+        add(scene, first)
+    assert scene.stream.finish().pages == 22
+    assert max(map(len, card.copied)) <= 7
+    assert [page for pages in card.copied for page in pages] == scene.order[:22].tolist()
+
+
+def test_an_abandoned_read_starts_nothing_more(card, scene):
+    for first in range(0, 4 * PART, PART):
+        add(scene, first)
+    scene.stream.abandon()
+    assert len(card.copied) == IN_FLIGHT
+    assert scene.stream.ended
+
+
+def test_a_card_that_fails_is_an_error_and_leaves_nothing_waiting(card, scene):
+    for first in range(0, 4 * PART, PART):
+        add(scene, first)
+    card.failing = True
+    with pytest.raises(TransferError, match="the card failed"):
+        scene.stream.finish()
+    assert scene.stream.ended
