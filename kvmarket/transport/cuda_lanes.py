@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 BUSY_S = 0.0001
 """A wait asks this long without leaving the processor; each question lets other threads of Python go on."""
-SPIN_S = 0.002
-"""A wait polls this long without sleeping."""
-POLL_S = 0.0002
+SPIN_S = 0.005
+"""A wait polls this long without sleeping: as long as a gigabyte takes between cards."""
+POLL_SHARE = 0.02
+"""Then it sleeps this share of what it has waited, so that it hardly adds to it."""
 PINNED_BYTES_MAX = 256
 """Page lists of up to this size are read by the card over the bus: 16 pages."""
 STUCK_S = 30.0
@@ -128,7 +129,7 @@ class Lane:
                 if spent > STUCK_S:
                     raise TransferError(f"the card did not finish within {STUCK_S:.0f} s", scheme=SCHEME)
                 if spent > SPIN_S:
-                    time.sleep(POLL_S)
+                    time.sleep(POLL_SHARE * spent)
                 elif spent > BUSY_S:
                     os.sched_yield()  # a sleep of 0 would take some 50 us
         except self._cupy.cuda.runtime.CUDARuntimeError as error:

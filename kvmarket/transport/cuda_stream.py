@@ -32,6 +32,8 @@ GROUP_BYTES_MAX = 1 << 30
 and over NVLink, and a fifth of a second over a slow bus."""
 IN_FLIGHT = 2
 """Launches under way in one read while more may come: the card goes on while the host checks."""
+GROWTH = 4
+"""A launch behind another that is under way is at least so many times as large, while more may come."""
 
 
 class _Part(NamedTuple):
@@ -77,6 +79,7 @@ class _Launch(NamedTuple):
     """A copy under way, of consecutive parts; None when there are no pages."""
 
     parts: list[_Part]
+    pages: int
     transfer: CudaTransfer | None
 
     @property
@@ -168,7 +171,8 @@ class CudaStream(Stream):
         self._waiting_pages += part.pages
         while self._under_way and self._under_way[0].ended:
             self._check_oldest()
-        if len(self._under_way) < IN_FLIGHT:
+        behind = self._under_way[-1].pages if self._under_way else 0
+        if len(self._under_way) < IN_FLIGHT and self._waiting_pages >= GROWTH * behind:
             self._launch(IN_FLIGHT)
 
     def flush(self) -> None:
@@ -193,7 +197,7 @@ class CudaStream(Stream):
             if len(parts) > 1:
                 source, target = map(np.concatenate, zip(*(part.places for part in parts), strict=True))
             transfer = self._local.api.copy(self._source, source, self._local, target, parts[0].digest)
-        self._under_way.append(_Launch(parts, transfer))
+        self._under_way.append(_Launch(parts, pages, transfer))
 
     def _refused_before(self, part: _Part) -> bool:
         """Tell whether a page before all of `part` was refused: then nobody wants these."""
