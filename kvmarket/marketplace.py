@@ -22,7 +22,7 @@ from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClos
 from kvmarket.hashing import TokenIds, token_array
 from kvmarket.identity import ModelIdentity, Namespace
 from kvmarket.outcome import Fetched, FetchResult, Outcome
-from kvmarket.prefix_keys import PrefixKeys, first_group_and_rest
+from kvmarket.prefix_keys import PrefixKeys, in_groups
 from kvmarket.region.memory import SharedMemory
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult, Registry
@@ -310,15 +310,12 @@ class Marketplace:
     ) -> Fetched:
         """Hash, look up and read, all at once where that can be: on a thread, but for what is soon done."""
         self._require_open()
-        if extra_keys is None:
-            groups = self._prefix_keys.groups(tokens)
-        else:
-            groups = first_group_and_rest(self._keys(tokens, extra_keys))
-        blocks = len(tokens) // self._spec.block_size
+        groups = self._prefix_keys.groups(tokens) if extra_keys is None else in_groups(self._keys(tokens, extra_keys))
         try:
-            return await self._to_cards.fetch(groups, blocks, local, deadline)
+            return await self._to_cards.fetch(groups, local, deadline)
         except DeadlineExceededError as error:
             nothing, late = LookupResult(0, 0, np.empty(0, RECORD)), MissReason.DEADLINE
+            blocks = len(tokens) // self._spec.block_size
             return Fetched(nothing, late, str(error), Outcome(reason=late, detail=str(error)), blocks)
 
     def _local(self, out: Any) -> PagedMemory:

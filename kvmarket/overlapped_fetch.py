@@ -115,6 +115,7 @@ class OverlappedFetch:
                     self._open = self._start(part, lookup, may_connect=groups_max == GROUPS_MAX)
                     self._since = time.perf_counter()
             else:
+                self._flush()
                 return None
         except BaseException as error:
             self._end_lookup(error)
@@ -170,7 +171,7 @@ class OverlappedFetch:
             return False
 
     def _flush(self) -> None:
-        """Start what was found and has not been started: nothing more is found."""
+        """Start what was found and has not been started: nothing more is found soon."""
         if self._stream is not None and self._failure is None:
             try:
                 self._stream.flush()

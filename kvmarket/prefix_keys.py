@@ -90,16 +90,10 @@ class PrefixKeys:
             return
         known, shared = self._longest(tokens)
         hashes, keys = ([], []) if known is None else (known.hashes[:shared], known.keys[:shared])
-        start = 0
-        for number in range(total):  # never as many groups
-            size = min(GROUP_BLOCKS + GROUP_STEP * max(0, number + 1 - EQUAL_GROUPS), GROUP_BLOCKS_MAX)
-            end = min(start + size, total)
+        for start, end in _bounds(total):
             if end > len(keys):
                 self._extend(tokens[: end * self._block_size], hashes, keys)
             yield keys[start:end]
-            start = end
-            if start == total:
-                break
         if shared < total:
             self._remember(tokens, hashes, keys)
 
@@ -131,11 +125,21 @@ class PrefixKeys:
             self._prompts = [*longer, prompt][-PROMPTS_MAX:]
 
 
-def first_group_and_rest(keys: list[bytes]) -> Iterator[list[bytes]]:
-    """Yield keys that are known in groups of which the first is as short as that of `PrefixKeys.groups`."""
-    for group in (keys[:GROUP_BLOCKS], keys[GROUP_BLOCKS:]):
-        if group:
-            yield group
+def in_groups(keys: list[bytes]) -> Iterator[list[bytes]]:
+    """Yield keys that are known in groups as large as those of `PrefixKeys.groups`."""
+    for start, end in _bounds(len(keys)):
+        yield keys[start:end]
+
+
+def _bounds(total: int) -> Iterator[tuple[int, int]]:
+    """Yield the first block of each group of `total` blocks, and the one behind its last."""
+    start = number = 0
+    while start < total:
+        number += 1
+        size = min(GROUP_BLOCKS + GROUP_STEP * max(0, number - EQUAL_GROUPS), GROUP_BLOCKS_MAX)
+        end = min(start + size, total)
+        yield start, end
+        start = end
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from cuda_jobs import KEYS, PAGES, pages_on, publish, same_bytes, scribble
 
-from kvmarket import card_fetch
 from kvmarket.calls import Calls
 from kvmarket.card_fetch import CardFetches
 from kvmarket.deadline import Deadline
@@ -63,7 +62,7 @@ def busy_card(monkeypatch):
 
 
 async def fetch(fetches, local, deadline=None):
-    return await fetches.fetch(iter([KEYS]), PAGES, local, deadline or Deadline(10))
+    return await fetches.fetch(iter([KEYS]), local, deadline or Deadline(10))
 
 
 async def test_only_over_a_connection_that_is_open_is_it_done_on_the_loop(fetches, owner, api, completed_on):
@@ -84,7 +83,6 @@ def same_pages(local, api):
 async def test_of_more_than_a_few_blocks_the_first_are_launched_on_the_loop_and_the_rest_on_a_thread(
     monkeypatch, open_core, owner, api, completed_on
 ):
-    monkeypatch.setattr(card_fetch, "INLINE_BLOCKS_MAX", PAGES - 1)
     core, launched = open_core(), []
     original = type(api).copy
 
@@ -94,10 +92,11 @@ async def test_of_more_than_a_few_blocks_the_first_are_launched_on_the_loop_and_
 
     monkeypatch.setattr(type(api), "copy", copy)
     calls, here = Calls(1, core.require_open), threading.current_thread()
-    for expected in ([(PAGES, False)], [(8, True), (PAGES - 8, False)], [(8, True), (PAGES - 8, False)]):
+    begun = [(8, True), (8, True), (PAGES - 16, False)]
+    for expected in ([(PAGES, False)], begun, begun):
         local = pages_on(api, 2)
-        groups = iter([KEYS[:8], KEYS[8:]])
-        outcome = (await CardFetches(core, calls).fetch(groups, PAGES, local, Deadline(10))).outcome
+        groups = iter([KEYS[:8], KEYS[8:16], KEYS[16:]])
+        outcome = (await CardFetches(core, calls).fetch(groups, local, Deadline(10))).outcome
         assert (outcome.blocks, outcome.blocks_verified, outcome.reason) == (PAGES, PAGES, MissReason.NONE)
         assert same_pages(local, api)
         assert launched == expected
@@ -116,17 +115,17 @@ async def test_where_all_threads_are_busy_nothing_is_begun(fetches, owner, api):
     assert (await fetch(fetches, pages_on(api, 2))).outcome.blocks == PAGES
 
 
-async def test_a_look_up_that_fails_on_a_thread_leaves_no_copy_and_no_transaction(fetches, owner, api, monkeypatch):
+async def test_a_look_up_that_fails_on_a_thread_leaves_no_copy_and_no_transaction(fetches, owner, api):
     await fetch(fetches, pages_on(api, 2))
 
     def groups():
         yield KEYS[:8]
+        yield KEYS[8:16]
         raise InvalidInputError("bad keys")
 
-    monkeypatch.setattr(fetches, "_inline_blocks", 0)
     local = pages_on(api, 2)
     with pytest.raises(InvalidInputError, match="bad keys"):
-        await fetches.fetch(groups(), PAGES, local, Deadline(10))
+        await fetches.fetch(groups(), local, Deadline(10))
     assert fetches._core.registry._file._active == 0
     assert (await fetch(fetches, local)).outcome.blocks == PAGES
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvmarket.prefix_keys import GROUP_BLOCKS, PrefixKeys
+from kvmarket.prefix_keys import GROUP_BLOCKS, PrefixKeys, in_groups
 from kvmarket.registry.records import RUN_BLOCKS
 
 ROOT = b"r" * 32
@@ -31,6 +31,8 @@ def test_groups_hold_whole_runs_and_the_first_is_short():
     assert len(groups[0]) == GROUP_BLOCKS
     assert all(len(group) % RUN_BLOCKS == 0 for group in groups[:-1])
     assert max(map(len, groups)) == 4 * GROUP_BLOCKS
+    assert list(in_groups([key for group in groups for key in group])) == groups
+    assert list(in_groups([])) == []
 
 
 def test_only_what_was_asked_for_is_hashed(monkeypatch):
