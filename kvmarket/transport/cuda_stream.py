@@ -32,7 +32,7 @@ GROUP_BYTES_MAX = 1 << 30
 and over NVLink, and a fifth of a second over a slow bus."""
 IN_FLIGHT = 2
 """Launches under way in one read while more may come: the card goes on while the host checks."""
-GROWTH = 4
+GROWTH = 2
 """A launch behind another that is under way is at least so many times as large, while more may come."""
 
 

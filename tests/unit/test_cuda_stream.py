@@ -114,12 +114,13 @@ def test_an_idle_card_gets_each_part_at_once(card, scene):
 
 
 def test_what_waits_goes_when_the_card_is_idle_again(card, scene):
-    for first in range(0, 4 * PART, PART):
-        add(scene, first)
+    add(scene, 0)
+    add(scene, PART)
+    assert launched(card) == [PART]
     card.busy = False
-    add(scene, 4 * PART)
-    assert launched(card) == [PART, 4 * PART]
-    assert scene.stream.finish().pages == 5 * PART
+    add(scene, 2 * PART)
+    assert launched(card) == [PART, 2 * PART]
+    assert scene.stream.finish().pages == 3 * PART
 
 
 def test_wrong_and_torn_pages_of_a_shared_launch_are_told_apart(card, scene):
@@ -147,24 +148,24 @@ def test_a_page_that_is_stale_ends_the_read_behind_those_that_wait(card, scene):
 
 
 def test_a_torn_page_spares_the_card_what_waits_behind_it(card, scene):
-    for first in range(0, 4 * PART, PART):
-        add(scene, first)
+    add(scene, 0)
+    add(scene, PART)
     scene.generations[scene.order[1]] = 3
     card.busy = False
-    assert not add(scene, 4 * PART)
+    assert not add(scene, 2 * PART)
     report = scene.stream.finish()
     assert launched(card) == [PART]
-    assert report.refused == dict.fromkeys([1, *range(PART, 5 * PART)], MissReason.TORN)
+    assert report.refused == dict.fromkeys([1, *range(PART, 3 * PART)], MissReason.TORN)
     assert report.pages == PART - 1
 
 
 def test_what_waits_when_the_deadline_passes_is_not_read(card, scene):
-    for first in range(0, 4 * PART, PART):
-        add(scene, first)
+    add(scene, 0)
+    add(scene, PART)
     scene.deadline.cancel()
     report = scene.stream.finish()
     assert launched(card) == [PART]
-    assert report.refused == dict.fromkeys(range(PART, 4 * PART), MissReason.DEADLINE)
+    assert report.refused == dict.fromkeys(range(PART, 2 * PART), MissReason.DEADLINE)
     assert arrived(scene, PART)
 
 
@@ -189,8 +190,8 @@ def test_launches_have_a_size_that_they_do_not_exceed(card, scene):
 
 
 def test_an_abandoned_read_starts_nothing_more(card, scene):
-    for first in range(0, 4 * PART, PART):
-        add(scene, first)
+    add(scene, 0)
+    add(scene, PART)
     scene.stream.abandon()
     assert launched(card) == [PART]
     assert scene.stream.ended
