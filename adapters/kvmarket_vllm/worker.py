@@ -247,8 +247,7 @@ class WorkerRole:
 
     def _offer_computed(self, publisher: Publisher, keys: tuple[bytes, ...], pages: tuple[int, ...]) -> None:
         """Offer what the engine has launched."""
-        if self._fetched:
-            self._fetched.take(pages)  # they have other bytes than what was fetched into them
+        self._fetched.computed(pages)
         soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(pages) <= FEW_BLOCKS else 0.0
         publisher.offer(keys, pages, after=launched_work(), delay_s=soon_s)
 

@@ -24,7 +24,7 @@ from kvmarket.identity import OwnerInfo
 from kvmarket.secret import Sealer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 MAJOR = 1
 FIELDS = 6
@@ -237,6 +237,16 @@ def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockReco
         if best is None or len(run) > len(best):
             best = run
     return best
+
+
+def by_region(records: BlockRecords, owner: int) -> Iterator[tuple[int, slice | np.ndarray]]:
+    """Yield every region of `owner` that has any of `records`, and which rows those are."""
+    if _of_one_region(records) and records["owner"][0] == owner:
+        yield int(records["region"][0]), slice(None)
+        return
+    of_owner = records["owner"] == owner
+    for region in np.unique(records["region"][of_owner]).tolist():
+        yield region, np.flatnonzero(of_owner & (records["region"] == region))
 
 
 def _of_one_region(records: BlockRecords) -> bool:
