@@ -18,7 +18,7 @@ from kvmarket.outcome import Answer, Fetched, Outcome, Sources
 from kvmarket.overlapped_fetch import GROUPS_MAX, OverlappedFetch
 from kvmarket.region.descriptor import RegionDescriptor
 from kvmarket.registry import LookupResult, Registry
-from kvmarket.registry.records import RECORD, BlockRecords, have_digest, next_run, run_length
+from kvmarket.registry.records import RECORD, BlockRecords, by_region, have_digest, next_run, run_length
 from kvmarket.report import MissReason, TransferReport
 from kvmarket.shared_read import SharedRead
 from kvmarket.stale import StaleRecords
@@ -89,12 +89,13 @@ class Fetcher:
         """
         keep, why = np.ones(len(found.records), bool), "stale_generation"
         for owner_id, owner in found.owners.items():
-            for region in np.unique(found.records["region"][found.records["owner"] == owner_id]).tolist():
-                rows = np.flatnonzero((found.records["owner"] == owner_id) & (found.records["region"] == region))
+            for region, rows in by_region(found.records, owner_id):
+                records = found.records[rows]
                 try:
                     connection = self._connect(owner, region)
-                    keep[rows] = connection.fresh(found.records["page"][rows], found.records["generation"][rows])
-                    self._stale.met(found.keys, found.records[rows[~keep[rows]]])
+                    keep[rows] = current = connection.fresh(records["page"], records["generation"])
+                    if not current.all():
+                        self._stale.met(found.keys, records[~current])
                 except _UnverifiedError:
                     keep[rows], why = False, "unverified"
                 except TransportError:

@@ -150,11 +150,13 @@ class KVMarketConnector(KVConnectorBase_V1):
             self.hook_time.call(self._worker.after_forward, plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return the requests whose loads are over."""
+        """Offer what was final before this step; return the requests whose loads are over."""
         plan = self._plan()
         if self._worker is None or plan is None:
             return None, None
         self.hook_time.steps += 1
+        if plan.held:  # before it is forgotten what was fetched for requests that are over
+            self.hook_time.call(self._worker.after_step, plan)
         if not finished_req_ids and not self._worker.loading:
             return None, None
         done, self._invalid = self.hook_time.call(self._worker.finished, plan, finished_req_ids)
@@ -195,7 +197,7 @@ class KVMarketConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Start what was promised."""
         if self._scheduler is not None:
-            groups = blocks.get_block_ids()
+            groups = blocks.get_block_ids() if num_external_tokens else ()  # else they are not asked about
             self._scheduler.allocated(request, list(groups[0]) if groups else [], num_external_tokens)
 
     @timed

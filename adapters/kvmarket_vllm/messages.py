@@ -54,6 +54,7 @@ class StepPlan(KVConnectorMetadata):
         root: the root of this engine's block hashes; part of the namespace.
         dirty: offered blocks that this step overwrites: unreadable before the forward.
         publish: (registry key, block id) of blocks whose KV is final after the forward.
+        held: the same of blocks whose KV was final before: fetched, or hit locally, by requests that began earlier.
         loads: to start in this step.
         keep: (registry key, key of the block before it or None, block id) of what is in `dirty`, to be copied before.
         forget: make every page unreadable first (the local prefix cache was reset).
@@ -64,6 +65,7 @@ class StepPlan(KVConnectorMetadata):
     root: bytes = b""
     dirty: list[int] = field(default_factory=list)
     publish: list[tuple[bytes, int]] = field(default_factory=list)
+    held: list[tuple[bytes, int]] = field(default_factory=list)
     keep: list[tuple[bytes, bytes | None, int]] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     forget: bool = False
@@ -73,4 +75,14 @@ class StepPlan(KVConnectorMetadata):
     @property
     def quiet(self) -> bool:
         """True when workers have nothing to do before the forward: steps that go on decoding are mostly so."""
-        return not (self.begins or self.dirty or self.publish or self.loads or self.forget)
+        return not (self.begins or self.dirty or self.offers or self.loads or self.forget)
+
+    @property
+    def offers(self) -> bool:
+        """True when workers have something to offer."""
+        return bool(self.publish or self.held)
+
+    def offer_nothing(self) -> None:
+        """Have workers offer nothing after all."""
+        self.publish.clear()
+        self.held.clear()

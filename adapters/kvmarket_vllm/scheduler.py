@@ -205,12 +205,12 @@ class SchedulerRole:
             plan.forget = True
             self._offers.clear()
         self._offers.step(output, self._requests, plan)
-        if plan.publish and not plan.begins and self._epoch_moved(cores or {}):
+        if plan.offers and not plan.begins and self._epoch_moved(cores or {}):
             plan.forget = True
-            plan.publish.clear()  # it was computed from what all are to forget
+            plan.offer_nothing()  # it was computed from what all are to forget
             self._offers.void()
         if self._resets.owed:
-            plan.publish.clear()  # it would be published as what all are about to forget, or are not told to
+            plan.offer_nothing()  # it would be published as what all are about to forget, or are not told to
             self._offers.void()
         if plan.dirty:
             plan.keep = self._offers.overwritten()

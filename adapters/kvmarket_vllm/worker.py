@@ -27,7 +27,7 @@ from kvmarket_vllm.stats import Deltas
 from kvmarket_vllm.weights import model_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -39,13 +39,15 @@ if TYPE_CHECKING:
     from kvmarket_vllm.hook_time import HookTime
     from kvmarket_vllm.stats import MarketStats
 
+    _Offering = Callable[[Publisher, tuple[bytes, ...], tuple[int, ...]], None]
+
 logger = logging.getLogger("vllm.kvmarket")
 
 _ASKS_FOR_CONTEXT = hasattr(KVConnectorBase_V1, "get_mem_pool_context")
 _COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
 FETCHED_LATER_S = 0.1
-"""Blocks that were fetched are offered this much later, on a card: digesting and announcing them takes the engine's
-time while it computes the first token, and whom they came from has them still."""
+"""What requests found in their blocks is offered this much later, on a card: digesting and announcing it takes the
+engine's time while others wait for their first tokens, and whom it came from has it still."""
 FEW_BLOCKS, FEW_TOGETHER_S = 16, 0.1
 """On a card, what steps complete of so few blocks, as in decoding, is offered together, ten times a second: each time
 takes the engine's time, and nobody asks for the end of an answer that soon."""
@@ -225,35 +227,39 @@ class WorkerRole:
 
     def after_forward(self, plan: StepPlan) -> None:
         """Offer the blocks that this step completes: on a card, once its kernels have ended."""
-        if not plan.publish:
-            return
-        market = self._market(plan.root)
+        self._offer(plan, plan.publish, self._offer_computed)
+
+    def after_step(self, plan: StepPlan) -> None:
+        """Offer blocks that were final before this step. Not within `after_forward`: not every step has a forward."""
+        self._offer(plan, plan.held, self._offer_held)
+
+    def _offer(self, plan: StepPlan, blocks: list[tuple[bytes, int]], on_card: _Offering) -> None:
+        market = self._market(plan.root) if blocks else None
         private = self._on_host and not self._shared
         if market is None or market.publisher is None or market.region is None or private:
             return
-        if market.region.pages.kind == "cuda":
-            self._offer_behind(market.publisher, plan.publish, launched_work())
-        else:
-            keys, pages = zip(*plan.publish, strict=True)
-            market.publisher.offer(keys, pages)
-        self.deltas.add(blocks_offered=len(plan.publish))
-
-    def _offer_behind(self, publisher: Publisher, blocks: list[tuple[bytes, int]], ended: Any) -> None:
-        """Offer what the engine has launched, and later what it fetched, whose digests may be known already."""
-        soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(blocks) <= FEW_BLOCKS else 0.0
         keys, pages = zip(*blocks, strict=True)
-        if not self._fetched:
-            publisher.offer(keys, pages, after=ended, delay_s=soon_s)
-            return
-        digests = self._fetched.take(pages)
-        computed = [digest is None for digest in digests]
-        known = list(map(bool, digests))
-        unknown = [digest == b"" for digest in digests]
-        for chosen, delay_s in ((computed, soon_s), (known, FETCHED_LATER_S), (unknown, FETCHED_LATER_S)):
+        if market.region.pages.kind == "cuda":
+            on_card(market.publisher, keys, pages)
+        else:
+            market.publisher.offer(keys, pages)
+        self.deltas.add(blocks_offered=len(blocks))
+
+    def _offer_computed(self, publisher: Publisher, keys: tuple[bytes, ...], pages: tuple[int, ...]) -> None:
+        """Offer what the engine has launched."""
+        self._fetched.computed(pages)
+        soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(pages) <= FEW_BLOCKS else 0.0
+        publisher.offer(keys, pages, after=launched_work(), delay_s=soon_s)
+
+    def _offer_held(self, publisher: Publisher, keys: tuple[bytes, ...], pages: tuple[int, ...]) -> None:
+        """Offer what was fetched, or computed before, a little later, with digests where they are known already."""
+        digests, ended = self._fetched.take(pages), launched_work()
+        known = [bool(digest) for digest in digests]
+        for chosen in (known, [not digest for digest in digests]):
             if any(chosen):
                 some_keys, some_pages = list(compress(keys, chosen)), list(compress(pages, chosen))
                 some_digests = list(filter(None, digests)) if chosen is known else None
-                publisher.offer(some_keys, some_pages, after=ended, delay_s=delay_s, digests=some_digests)
+                publisher.offer(some_keys, some_pages, after=ended, delay_s=FETCHED_LATER_S, digests=some_digests)
 
     def finished(self, plan: StepPlan, over: set[str]) -> tuple[set[str], set[int]]:
         """Return the requests whose loads are over, each once, and the blocks among them that were not loaded.

@@ -24,12 +24,12 @@ from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
-    collect,
     count_prefix,
     delete_prefix,
     delete_record,
     forget_runs,
     keys_of_run,
+    read_records,
 )
 from kvmarket.registry.lmdb_file import acquire_file, release_file
 from kvmarket.registry.lmdb_lookup import Answer, Answers, LmdbLookup, distinct
@@ -39,7 +39,6 @@ from kvmarket.registry.records import (
     BlockRecords,
     Part,
     cut_to_living,
-    decode_records,
     encode_records,
     pack,
     pack_owner,
@@ -277,14 +276,11 @@ class LmdbRegistry(Registry):
     def _look_up(
         self, txn: Transaction, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
     ) -> tuple[BlockRecords, int, str]:
-        values: list[bytes] = []
-        blocks: list[int] = []
         with txn.cursor(self.table("blocks")) as cursor:
-            collect(cursor, _u32(epoch), keys, blocks, values)
-        records = decode_records(blocks, values)
+            records, one_each = read_records(cursor, _u32(epoch), keys)
         dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
-        if not dead and len(blocks) == len(keys) == len(records) and blocks[-1] == len(keys) - 1:
-            return records, len(keys), ""  # one record each
+        if one_each and not dead:
+            return records, len(keys), ""
         return cut_to_living(records, run_length(records["block"]), len(keys), dead)
 
     def _is_living(self, txn: Transaction, owner: int, living: dict[int, OwnerInfo]) -> bool:

@@ -5,13 +5,73 @@ from __future__ import annotations
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
-from kvmarket.registry.records import OWNER_AT, blocks_to_run_end
+import numpy as np
+
+from kvmarket.registry.records import (
+    OWNER_AT,
+    RECORD_BYTES,
+    blocks_to_run_end,
+    concatenate,
+    decode_records,
+    decode_wire,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvmarket.registry.records import BlockRecords
+
 Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
+
+NO_ROWS = np.empty((0, RECORD_BYTES), np.uint8)
+
+
+def read_records(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[BlockRecords, bool]:
+    """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
+
+    Returns:
+        The records, sorted by block, and whether every key is known to have exactly one.
+    """
+    rows = walk(cursor, prefix, keys)
+    walked = decode_wire(np.arange(len(rows)), rows)
+    if walked is not None and len(walked) == len(keys):
+        return walked, True
+    start = len(walked) if walked is not None else 0
+    blocks: list[int] = []
+    values: list[bytes] = []
+    collect(cursor, prefix, keys[start:], blocks, values)
+    records = decode_records(blocks, values)
+    if walked is not None and start:
+        records["block"] += start
+        records = concatenate([walked, records])
+    return records, False
+
+
+def walk(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> np.ndarray:
+    """Read the records of the first of `keys`, as far as whole runs of them have one each, of this version's length.
+
+    Blocks of a run are neighbours, so a run is read by walking on from its first block. What one walk does not read so
+    (several owners, a fork of the prefix, its end) is left to `collect`.
+
+    Returns:
+        (n, `RECORD_BYTES`) uint8.
+    """
+    items: list[bytes] = []
+    start = 0
+    while start < len(keys):
+        end = min(start + blocks_to_run_end(keys[start]), len(keys))
+        if not cursor.set_key(prefix + keys[start]):
+            break
+        for item in islice(cursor.iternext(), end - start):
+            items += item  # so many pairs, kept, would have each look-up set off the garbage collector
+        if len(items) < 2 * end or items[-2] != prefix + keys[end - 1] or cursor.next_dup():
+            break
+        start = end
+    found, values = items[: 2 * start : 2], items[1 : 2 * start : 2]
+    if not start or b"".join(found) != prefix + prefix.join(keys[:start]) or set(map(len, values)) != {RECORD_BYTES}:
+        return NO_ROWS
+    return np.frombuffer(b"".join(values), np.uint8).reshape(start, RECORD_BYTES)
 
 
 def collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from kvmarket.registry.base import Lookup, LookupResult
-from kvmarket.registry.records import RECORD, Part
+from kvmarket.registry.records import RECORD, Part, concatenate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 ANSWERS_MAX = 64
 ANSWER_BLOCKS_MAX = 1024
 """Look-ups remembered, and of how many blocks each at most: some 12 MiB."""
-_OPAQUE = np.dtype(f"V{RECORD.itemsize}")
 NOTHING = Part(np.empty(0, RECORD), 0)
 
 
@@ -88,8 +87,7 @@ class LmdbLookup(Lookup):
         found = self._found
         if len(found) <= 1:
             return found[0].records if found else NOTHING.records
-        # as opaque items, because numpy compares the fields of each part otherwise
-        records: BlockRecords = np.concatenate([part.records.view(_OPAQUE) for part in found]).view(RECORD)
+        records = concatenate([part.records for part in found])
         starts = accumulate((part.blocks for part in found[:-1]), initial=0)
         records["block"] += np.repeat(np.fromiter(starts, np.int64, len(found)), [len(part.records) for part in found])
         return records

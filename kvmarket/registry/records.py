@@ -24,7 +24,7 @@ from kvmarket.identity import OwnerInfo
 from kvmarket.secret import Sealer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 MAJOR = 1
 FIELDS = 6
@@ -33,6 +33,8 @@ RUN_BLOCKS = 32
 HEAD_BYTES = 8
 KEY_HEAD_BYTES = HEAD_BYTES + 4
 """Bytes of a block key before the block's hash: its run's head and its index."""
+MANY_KEYS = 64
+"""So many keys are made from whole columns."""
 RECORD_BYTES_MAX = 511
 """The longest value the ordered store takes when several owners hold one block."""
 NOT_SEALED = Sealer()
@@ -65,6 +67,8 @@ RECORD = np.dtype(
     [("block", "i8"), ("owner", "i8"), ("region", "i8"), ("page", "i8"), ("generation", "u8"), ("digest", "V16")]
 )
 """A decoded record: `block` is the index of the block in the prefix that was looked up."""
+
+_OPAQUE = np.dtype(f"V{RECORD.itemsize}")
 
 BlockRecords = np.ndarray
 """(n,) structured array of `RECORD`."""
@@ -107,12 +111,26 @@ def block_keys(hashes: Sequence[bytes], start: int = 0, seal: Sealer = NOT_SEALE
     if seal:
         first = start - start % RUN_BLOCKS
         hashes = [*hashes[:first], *map(seal, hashes[first:])]
+    if len(hashes) - start >= MANY_KEYS and len(set(map(len, hashes))) == 1:
+        return _many_keys(hashes, start)
     keys: list[bytes] = []
     for first in range(start - start % RUN_BLOCKS, len(hashes), RUN_BLOCKS):
         skip = max(start - first, 0)
         heads = map(hashes[first][:HEAD_BYTES].__add__, _indices(first)[skip:])
         keys += map(add, heads, hashes[first + skip : first + RUN_BLOCKS])
     return keys
+
+
+def _many_keys(hashes: Sequence[bytes], start: int) -> list[bytes]:
+    """`block_keys` of hashes of one length: its columns are put together at once, for a third of the time."""
+    first, width = start - start % RUN_BLOCKS, len(hashes[0])
+    columns = np.frombuffer(b"".join(hashes[first:]), np.uint8).reshape(-1, width)
+    keys = np.empty((len(columns), KEY_HEAD_BYTES + width), np.uint8)
+    keys[:, :HEAD_BYTES] = np.repeat(columns[::RUN_BLOCKS, :HEAD_BYTES], RUN_BLOCKS, axis=0)[: len(keys)]
+    keys[:, HEAD_BYTES:KEY_HEAD_BYTES] = np.arange(first, len(hashes), dtype=">u4").view(np.uint8).reshape(-1, 4)
+    keys[:, KEY_HEAD_BYTES:] = columns
+    found: list[bytes] = keys[start - first :].view(f"V{keys.shape[1]}")[:, 0].tolist()
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -197,6 +215,12 @@ class Part:
         return int(self.records["owner"][0]), int(self.records["region"][0])
 
 
+def concatenate(parts: Sequence[BlockRecords]) -> BlockRecords:
+    """Put records one behind the other, as opaque items: numpy compares the fields of each part otherwise."""
+    records: BlockRecords = np.concatenate([part.view(_OPAQUE) for part in parts]).view(RECORD)
+    return records
+
+
 def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
     """Return the records of the longest run from block `first` on that one region of one owner serves."""
     if not first and not excluded and _of_one_region(records):
@@ -213,6 +237,16 @@ def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockReco
         if best is None or len(run) > len(best):
             best = run
     return best
+
+
+def by_region(records: BlockRecords, owner: int) -> Iterator[tuple[int, slice | np.ndarray]]:
+    """Yield every region of `owner` that has any of `records`, and which rows those are."""
+    if _of_one_region(records) and records["owner"][0] == owner:
+        yield int(records["region"][0]), slice(None)
+        return
+    of_owner = records["owner"] == owner
+    for region in np.unique(records["region"][of_owner]).tolist():
+        yield region, np.flatnonzero(of_owner & (records["region"] == region))
 
 
 def _of_one_region(records: BlockRecords) -> bool:

@@ -1,8 +1,9 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmarket.hashing import HASH_ALGORITHMS, TOKEN_ID_MAX, hash_blocks
-from kvmarket.registry.records import HEAD_BYTES, RUN_BLOCKS, block_key, block_keys
+from kvmarket.registry.records import HEAD_BYTES, MANY_KEYS, RUN_BLOCKS, block_key, block_keys
 
 token_ids = st.integers(0, TOKEN_ID_MAX)
 prompts = st.lists(token_ids, min_size=1, max_size=60)
@@ -63,3 +64,14 @@ def test_registry_keys_do_not_depend_on_where_one_starts(hashes, data):
     for index, key in enumerate(keys):
         assert key.endswith(hashes[index])
         assert key[:HEAD_BYTES] == hashes[index - index % RUN_BLOCKS][:HEAD_BYTES]
+
+
+@pytest.mark.parametrize("more", [0, 5])
+@pytest.mark.parametrize("start", [0, 1, RUN_BLOCKS, RUN_BLOCKS + 3])
+def test_many_registry_keys_made_at_once_are_those_of_single_blocks(start, more):
+    """Hashes of one length are; others, and few, are not."""
+    hashes = [number.to_bytes(2, "big") * 16 for number in range(start + MANY_KEYS + more)]
+    for asked in (hashes, [*hashes[:-1], b"longer" * 8], hashes[:-1]):
+        keys = block_keys(asked, start)
+        assert keys == [block_key(asked, index) for index in range(start, len(asked))]
+        assert {type(key) for key in keys} == {bytes}

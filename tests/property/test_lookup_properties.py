@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmarket.registry import block_keys
+from kvmarket.registry import block_keys, lmdb_cursors
 from kvmarket.registry.lmdb import LmdbRegistry
 from kvmarket.registry.memory import MemoryRegistry
 from kvmarket.registry.records import RUN_BLOCKS, make_records
@@ -104,6 +104,32 @@ def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):
         found = registry.lookup(DIGEST, keys[:last])
         assert found.blocks == last
         assert sorted(found.records["owner"][found.records["block"] == last - 1].tolist()) == [first, second]
+    for owner in (first, second):
+        registry.release_owner(owner)
+    registry.close()
+
+
+def test_whole_runs_of_one_record_each_are_walked_and_the_rest_is_looked_up(tmp_path, monkeypatch):
+    """The look-up of a long prompt that one owner has asks for no block by itself."""
+    asked = []
+    careful = lmdb_cursors.collect
+    monkeypatch.setattr(
+        lmdb_cursors,
+        "collect",
+        lambda cursor, prefix, keys, *into: asked.append(keys) or careful(cursor, prefix, keys, *into),
+    )
+    registry = LmdbRegistry(tmp_path / "registry")
+    epoch = registry.open_namespace(DIGEST, {})
+    first, second = (registry.register_owner(bytes([i]) * 16).owner for i in range(2))
+    keys = block_keys(chain(LENGTH, 0))
+    registry.announce(DIGEST, epoch, keys, make_records(first, 0, np.arange(LENGTH), np.full(LENGTH, 2, np.uint64)))
+    found = registry.lookup(DIGEST, keys[5:])
+    assert (found.blocks, found.records["page"].tolist(), asked) == (LENGTH - 5, [*range(5, LENGTH)], [])
+    also = make_records(second, 0, np.array([7]), np.array([2], np.uint64))
+    registry.announce(DIGEST, epoch, keys[RUN_BLOCKS + 3 : RUN_BLOCKS + 4], also)
+    found = registry.lookup(DIGEST, keys)
+    assert (found.blocks, len(found.records), asked) == (LENGTH, LENGTH + 1, [keys[RUN_BLOCKS:]])
+    assert found.records["block"].tolist() == sorted([*range(LENGTH), RUN_BLOCKS + 3])
     for owner in (first, second):
         registry.release_owner(owner)
     registry.close()

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from kvmarket.errors import RegistryProtocolError
 from kvmarket.registry.records import (
     MAJOR,
+    RECORD,
     RECORD_BYTES,
     RECORD_BYTES_MAX,
+    by_region,
     decode_records,
     encode_records,
     make_records,
@@ -171,3 +173,21 @@ def test_other_control_records_are_refused_as_such(data):
 def test_control_records_have_a_limit():
     with pytest.raises(RegistryProtocolError, match="longer than 100"):
         unpack("owner", pack("owner", {"host": "h" * 100}), bytes_max=100)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), max_size=12))
+@example([(1, 0)] * 4)
+@example([(1, 0)] * 4 + [(2, 0)])
+@example([(1, 0), (1, 1)])
+def test_every_record_is_told_once_with_its_owner_and_region(sources):
+    """Also where all are of one region, which is told at a glance."""
+    found = np.zeros(len(sources), RECORD)
+    found["block"] = np.arange(len(sources))
+    for row, (owner, region) in zip(found, sources, strict=True):
+        row["owner"], row["region"] = owner, region
+    for owner in range(4):
+        told = {region: found["block"][rows].tolist() for region, rows in by_region(found, owner)}
+        expected = {region for of, region in sources if of == owner}
+        assert told == {
+            region: [i for i, source in enumerate(sources) if source == (owner, region)] for region in expected
+        }

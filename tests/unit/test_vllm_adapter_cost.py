@@ -15,11 +15,14 @@ from kvmarket.publish_job import Job, digests_of
 from kvmarket.region.pages import PagedMemory
 from kvmarket.registry import LookupResult
 from kvmarket.registry.records import make_records
-from kvmarket_vllm import hook_time
+from kvmarket_vllm import hook_time, worker
+from kvmarket_vllm.connector import KVMarketConnector
 from kvmarket_vllm.fetched import Fetched
 from kvmarket_vllm.hook_time import HookTime, timed
 from kvmarket_vllm.loader import Loader
+from kvmarket_vllm.messages import StepPlan
 from kvmarket_vllm.stats import LABELLED, Deltas
+from kvmarket_vllm.worker import WorkerRole
 
 
 class Clock:
@@ -202,3 +205,65 @@ def test_what_waits_is_taken_by_itself_and_whoever_fails_too():
     assert 50 < pending.wait_s <= 60
     assert pending.take_all() == ["later"]
     assert pending.wait_s is None
+
+
+# ---- what is offered by a worker on a card
+
+
+class Publisher:
+    """Takes down what it is offered."""
+
+    def __init__(self):
+        self.offers = []
+
+    def offer(self, keys, pages, *, after, delay_s, digests=None):
+        assert after == "launched"
+        self.offers.append((list(keys), list(pages), digests and list(digests), delay_s))
+
+
+@pytest.fixture
+def on_card(monkeypatch, fetched):
+    """A connector of a worker on a card, which has fetched two blocks, and its publisher."""
+    monkeypatch.setattr(worker, "launched_work", lambda: "launched")
+    role, publisher = WorkerRole.__new__(WorkerRole), Publisher()
+    region = SimpleNamespace(pages=SimpleNamespace(kind="cuda"))
+    role._market = lambda root: SimpleNamespace(publisher=publisher, region=region)
+    role._on_host, role._shared, role.deltas, role._fetched, role.loading = False, [], Deltas(), fetched, 0
+    connector = KVMarketConnector.__new__(KVMarketConnector)
+    connector._worker, connector.hook_time = role, HookTime("worker")
+    return connector, publisher
+
+
+def step(connector, plan, over=(), *, forward=True):
+    """What vLLM calls in a step; without a forward some versions leave one hook out."""
+    connector._connector_metadata = plan
+    if forward:
+        connector.wait_for_save()
+    connector.get_finished(set(over))
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_held_blocks_are_offered_with_their_digests_in_the_step_that_tells_that_their_request_is_over(on_card, forward):
+    connector, publisher = on_card
+    step(connector, StepPlan(held=[(b"x", 7), (b"y", 8)]), {"a"}, forward=forward)
+    assert publisher.offers == [([b"x", b"y"], [7, 8], [b"7", b"8"], worker.FETCHED_LATER_S)]
+    assert connector._worker.deltas.totals["blocks_offered"] == 2
+    assert len(connector._worker._fetched) == 0
+
+
+def test_held_blocks_that_were_not_fetched_have_their_digests_computed(on_card):
+    connector, publisher = on_card
+    step(connector, StepPlan(held=[(b"w", 6), (b"x", 7)]))
+    later = worker.FETCHED_LATER_S
+    assert publisher.offers == [([b"x"], [7], [b"7"], later), ([b"w"], [6], None, later)]
+
+
+def test_a_block_computed_where_another_was_fetched_is_not_offered_with_its_digest(on_card):
+    connector, publisher = on_card
+    step(connector, StepPlan(publish=[(b"z", 7)]))
+    step(connector, StepPlan(held=[(b"z", 7), (b"y", 8)]))
+    assert [offer[:3] for offer in publisher.offers] == [
+        ([b"z"], [7], None),
+        ([b"y"], [8], [b"8"]),
+        ([b"z"], [7], None),
+    ]

@@ -28,7 +28,7 @@ class Scheduler:
 
     def request(self, name, num_tokens, chain=None):
         hashes = [f"{chain or name}-{i}".encode() for i in range(num_tokens // BLOCK)]
-        self.requests[name] = SimpleNamespace(request_id=name, block_hashes=hashes)
+        self.requests[name] = SimpleNamespace(request_id=name, block_hashes=hashes, num_output_tokens=0)
 
     def cache(self, name, table, num_tokens):
         """Give the full blocks of a table their hashes, as vLLM does when it schedules the tokens that fill them."""
@@ -68,6 +68,19 @@ def prefill(scheduler, name, table, num_tokens):
     scheduler.request(name, num_tokens)
     scheduler.cache(name, table, num_tokens)
     return scheduler.step(new=[(name, table, 0)], scheduled={name: num_tokens})
+
+
+def answers(scheduler, name):
+    """The step after the one whose output has a request's token."""
+    scheduler.requests[name].num_output_tokens += 1
+    return scheduler.step(cached=[(name, None, 0)])
+
+
+def begin_held(scheduler, name="a", table=(5, 6, 7)):
+    """A request begins whose first two blocks were loaded."""
+    scheduler.request(name, 12)
+    scheduler.cache(name, table, 12)
+    return scheduler.step(new=[(name, list(table), 8)], scheduled={name: 4})
 
 
 def test_full_blocks_are_offered_in_the_step_that_completes_them(scheduler):
@@ -174,9 +187,12 @@ def test_void_blocks_stay_void_until_they_hold_something_else(scheduler):
     scheduler.request("b", 12, chain="a")
     scheduler.cache("b", [5, 6, 7], 12)
     assert scheduler.step(new=[("b", [5, 6, 7], 8)], scheduled={"b": 4}).publish == []
+    assert answers(scheduler, "b").held == []
     # Nor does a chain whose first block was computed anew.
     scheduler.cache("b", [8], 4)
-    assert scheduler.step(new=[("b", [8, 6], 8)], scheduled={"b": 0}).publish == [(scheduler.key("b", 0), 8)]
+    scheduler.cache("b", [8, 6, 9], 12)
+    assert scheduler.step(new=[("b", [8, 6, 9], 8)], scheduled={"b": 4}).publish == []
+    assert answers(scheduler, "b").held == [(scheduler.key("b", 0), 8)]
     # With new content they are blocks like any other.
     assert [block for _, block in prefill(scheduler, "c", [5, 6], 8).publish] == [5, 6]
 
@@ -218,3 +234,86 @@ def test_what_is_overwritten_can_be_kept(scheduler):
     prefill(scheduler, "a", [5, 6, 7], 12)
     scheduler.offers.take_back([5])
     assert scheduler.offers.overwritten() == [], "nothing is remembered where nothing is kept"
+
+
+# ---- what a request finds in its blocks when it begins
+
+
+def test_loaded_blocks_are_offered_when_the_first_token_is_out_and_computed_ones_at_once(scheduler):
+    plan = begin_held(scheduler)
+    assert (plan.publish, plan.held) == ([(scheduler.key("a", 2), 7)], [])
+    plan = scheduler.step(cached=[("a", None, 12)], scheduled={"a": 1})  # asynchronous: its token is not known yet
+    assert (plan.publish, plan.held) == ([], [])
+    plan = answers(scheduler, "a")
+    assert (plan.publish, plan.held) == ([], [(scheduler.key("a", 0), 5), (scheduler.key("a", 1), 6)])
+    assert answers(scheduler, "a").held == [], "once"
+    assert scheduler.offers.take_back([5, 6, 7]) == [5, 6, 7]
+
+
+def test_a_prompt_that_is_computed_in_chunks_offers_what_was_loaded_behind_its_last(scheduler):
+    scheduler.request("a", 20)
+    scheduler.cache("a", [5, 6, 7, 8], 16)
+    assert scheduler.step(new=[("a", [5, 6, 7, 8], 8)], scheduled={"a": 4}).publish == [(scheduler.key("a", 2), 7)]
+    plan = scheduler.step(cached=[("a", None, 12)], scheduled={"a": 4})
+    assert (plan.publish, plan.held) == ([(scheduler.key("a", 3), 8)], [])
+    assert [block for _, block in answers(scheduler, "a").held] == [5, 6]
+
+
+@pytest.mark.parametrize("told", ["in this step", "in one before"])
+def test_a_request_that_is_over_has_what_was_loaded_for_it_offered(scheduler, told):
+    begin_held(scheduler)
+    if told == "in this step":
+        plan = scheduler.step(finished_req_ids={"a"})
+    else:
+        scheduler.offers.forget_request("a")
+        plan = scheduler.step()
+    assert [block for _, block in plan.held] == [5, 6]
+    assert scheduler.step(finished_req_ids={"a"}).held == []
+
+
+def test_loaded_blocks_that_hold_something_else_by_then_are_not_offered(scheduler):
+    begin_held(scheduler)
+    scheduler.request("b", 4)
+    scheduler.cache("b", [6], 4)
+    plan = scheduler.step(new=[("b", [6], 0)], scheduled={"b": 4}, finished_req_ids={"a"})
+    assert plan.publish == [(scheduler.key("b", 0), 6)]
+    assert plan.held == [(scheduler.key("a", 0), 5)]
+
+
+def test_a_loaded_block_that_a_step_computes_again_is_offered_as_computed(scheduler):
+    begin_held(scheduler)
+    scheduler.request("b", 8, chain="a")
+    plan = scheduler.step(new=[("b", [5, 6], 7)], scheduled={"b": 1}, finished_req_ids={"a"})
+    assert plan.publish == [(scheduler.key("a", 1), 6)]
+    assert plan.held == [(scheduler.key("a", 0), 5)]
+
+
+def test_loaded_blocks_are_void_when_all_is_though_their_request_is_over(scheduler):
+    """They were neither offered nor in the table of a request when it came, and vLLM has them cached still."""
+    begin_held(scheduler)
+    scheduler.offers.forget_request("a")
+    scheduler.offers.void()
+    assert scheduler.step().held == []
+    scheduler.request("b", 8, chain="a")
+    scheduler.step(new=[("b", [5, 6], 8)], scheduled={"b": 1})
+    assert answers(scheduler, "b").held == []
+
+
+def test_loaded_blocks_are_not_offered_when_the_pool_was_reset(scheduler):
+    begin_held(scheduler)
+    scheduler.offers.clear()
+    assert answers(scheduler, "a").held == []
+
+
+def test_a_request_that_is_preempted_while_it_holds_loaded_blocks(scheduler):
+    begin_held(scheduler)
+    scheduler.cache("a", [5, 8, 9], 12)
+    plan = scheduler.step(cached=[("a", [5, 8, 9], 4)], resumed=["a"], scheduled={"a": 8})
+    assert (plan.publish, plan.held) == ([(scheduler.key("a", 1), 8), (scheduler.key("a", 2), 9)], [])
+    assert answers(scheduler, "a").held == [(scheduler.key("a", 0), 5)]
+
+
+def test_a_consumer_puts_nothing_off():
+    scheduler = Scheduler(enabled=False)
+    begin_held(scheduler)
+    assert answers(scheduler, "a").held == []

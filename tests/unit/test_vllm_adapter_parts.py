@@ -23,7 +23,6 @@ from kvmarket_vllm import loader as loader_module  # noqa: E402
 from kvmarket_vllm import opening as opening_module  # noqa: E402
 from kvmarket_vllm.loader import Loader  # noqa: E402
 from kvmarket_vllm.messages import Load  # noqa: E402
-from kvmarket_vllm.offers import GROUP_SUFFIX  # noqa: E402
 from kvmarket_vllm.opening import Opening  # noqa: E402
 from kvmarket_vllm.scheduler import SchedulerRole  # noqa: E402
 from kvmarket_vllm.stats import COUNTERS, LABELLED, Deltas, MarketPromMetrics, MarketStats  # noqa: E402
@@ -291,87 +290,3 @@ def test_a_reset_that_the_registry_missed_is_made_up_for():
     assert role.reset()
     assert bumped == [1, 1]
     assert role.deltas.totals["resets"] == 2
-
-
-def scheduling(core, number_of_blocks):
-    """A scheduler role with one request of 16 tokens, in blocks of 4, and the output of the step that computes it."""
-    engine = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"))
-    role = SchedulerRole(engine, MarketConfig(), 4, fetches=True, publishes=True)
-    role._opening = SimpleNamespace(get=lambda: {RANK: core}, failed=False)
-    hashes = [bytes([number]) * 32 for number in range(number_of_blocks)]
-    request = SimpleNamespace(request_id="a", block_hashes=hashes, num_tokens=17)
-    blocks = [SimpleNamespace(block_hash=block_hash + GROUP_SUFFIX) for block_hash in hashes]
-    role.bind_pool(SimpleNamespace(blocks=blocks, cached_block_hash_to_block=None))
-    output = SimpleNamespace(
-        scheduled_new_reqs=[SimpleNamespace(req_id="a", block_ids=([0, 1, 2, 3],), num_computed_tokens=0)],
-        scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[]),
-        num_scheduled_tokens={"a": 16},
-        total_num_scheduled_tokens=16,
-        finished_req_ids=(),
-    )
-    return role, request, output
-
-
-def goes_on(output, computed, new_blocks=None):
-    """Make `output` that of a step in which the request goes on."""
-    output.scheduled_new_reqs = []
-    output.scheduled_cached_reqs = SimpleNamespace(
-        req_ids=["a"], new_block_ids=[new_blocks], num_computed_tokens=[computed]
-    )
-
-
-@pytest.fixture
-def decoding():
-    """A role whose one request was computed, and what plans a step that decodes on."""
-    role, request, output = scheduling(SimpleNamespace(epoch_hint=lambda: 1), 6)
-    role._requests["a"] = request
-    first = role.plan_step(output)
-    assert not first.quiet
-    assert len(first.publish) == 4
-    output.num_scheduled_tokens, output.total_num_scheduled_tokens = {"a": 1}, 1
-
-    def step(computed, new_blocks=None):
-        goes_on(output, computed, new_blocks)
-        return role.plan_step(output)
-
-    return role, step
-
-
-def test_a_step_is_quiet_only_if_a_worker_has_nothing_to_do(decoding):
-    role, step = decoding
-    plan = step(16, ([4],))
-    assert plan.quiet, "a new block that nobody was offered changes nothing"
-    assert step(17).quiet
-    plan = step(19)
-    assert (plan.quiet, len(plan.publish)) == (False, 1), "a block is complete"
-    assert step(20, ([5],)).quiet
-    plan = step(21, ([2],))
-    assert (plan.quiet, plan.dirty) == (False, [2]), "vLLM writes to what was offered"
-    assert step(22).quiet
-    role._plan.dirty.append(3)
-    assert not step(22).quiet, "what an allocation took back before the step"
-    role._plan.loads.append(Load("b", [1], {}))
-    assert not step(22).quiet
-    role._plan.forget = True
-    assert not step(22).quiet
-
-
-def test_while_a_reset_is_owed_nothing_is_fetched_or_offered():
-    go_on = threading.Event()
-    core = SimpleNamespace(bump_epoch=lambda: go_on.wait(10), epoch_hint=lambda: 1)
-    role, request, output = scheduling(core, 4)
-
-    began = time.monotonic()
-    assert not role.reset()
-    assert time.monotonic() - began < 1.0
-    assert not role.reset(), "nor does asking again make it so"
-    assert role.match(request, 0) == (0, False)
-    plan = role.plan_step(output)
-    assert (plan.publish, plan.forget) == ([], True)
-    go_on.set()
-    until(role._cores, "both resets are made")
-    assert role.deltas.totals["resets"] == 2
-    goes_on(output, 16)
-    plan = role.plan_step(output)
-    assert plan.forget, "workers begin in the new epoch"
-    assert plan.publish == [], "what was computed before it is not offered"
