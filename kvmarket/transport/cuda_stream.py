@@ -172,7 +172,7 @@ class CudaStream(Stream):
         while self._under_way and self._under_way[0].ended:
             self._check_oldest()
         behind = self._under_way[-1].pages if self._under_way else 0
-        if len(self._under_way) < IN_FLIGHT and self._waiting_pages >= GROWTH * behind:
+        if len(self._under_way) < IN_FLIGHT and self._waiting_pages >= min(GROWTH * behind, self._group):
             self._launch(IN_FLIGHT)
 
     def flush(self) -> None:
@@ -180,10 +180,11 @@ class CudaStream(Stream):
             self._launch(IN_FLIGHT + 1)
 
     def _launch(self, at_most: int) -> None:
-        """Launch what waits, as soon as fewer than `at_most` others are under way."""
+        """Launch what waits, as soon as fewer than `at_most` others are, and not too much is, under way."""
         parts, pages = self._waiting, self._waiting_pages
         self._waiting, self._waiting_pages = [], 0
-        while len(self._under_way) >= at_most:
+        room = IN_FLIGHT * self._group - pages
+        while len(self._under_way) >= at_most or sum(launch.pages for launch in self._under_way) > room:
             self._check_oldest()
         if self._over() and (self._late or self._refused_before(parts[0])):
             for part in parts:

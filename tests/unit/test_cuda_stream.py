@@ -12,6 +12,7 @@ from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.pages import PageLayout
 from kvmarket.report import MissReason
 from kvmarket.testing.host_cuda import HostCuda, HostTransfer
+from kvmarket.transport import ReadRequest
 from kvmarket.transport.cuda_stream import GROWTH, CudaStream
 from kvmarket.verification import Verification
 
@@ -187,6 +188,22 @@ def test_launches_have_a_size_that_they_do_not_exceed(card, scene):
     assert scene.stream.finish().pages == 22
     assert max(launched(card)) <= 7
     assert [page for pages in card.copied for page in pages] == scene.order[:22].tolist()
+
+
+def test_who_cancels_on_hearing_of_a_group_stops_those_behind_the_two_under_way(card, scene):
+    arrived = []
+
+    def on_group(indices):
+        arrived.extend(indices.tolist())
+        scene.deadline.cancel()
+
+    scene.stream = CudaStream("path", scene.local, scene.source, scene.generations, on_group, 8 * PAGE_BYTES)
+    request = ReadRequest(scene.order, scene.generations[scene.order], scene.local, np.arange(PAGES))
+    scene.stream.add(request, scene.deadline)
+    report = scene.stream.finish()
+    assert launched(card) == [8, 8]
+    assert arrived == list(range(16))
+    assert report.refused == dict.fromkeys(range(16, PAGES), MissReason.DEADLINE)
 
 
 def test_an_abandoned_read_starts_nothing_more(card, scene):
