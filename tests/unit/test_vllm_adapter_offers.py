@@ -303,6 +303,10 @@ def test_loaded_blocks_are_not_offered_when_the_pool_was_reset(scheduler):
     begin_held(scheduler)
     scheduler.offers.clear()
     assert answers(scheduler, "a").held == []
+    begin_held(scheduler, "b", (8, 9, 10))
+    scheduler.offers.forget_request("b")
+    scheduler.offers.clear()
+    assert scheduler.step().held == []
 
 
 def test_a_request_that_is_preempted_while_it_holds_loaded_blocks(scheduler):
@@ -316,4 +320,5 @@ def test_a_request_that_is_preempted_while_it_holds_loaded_blocks(scheduler):
 def test_a_consumer_puts_nothing_off():
     scheduler = Scheduler(enabled=False)
     begin_held(scheduler)
+    assert not scheduler.offers._held
     assert answers(scheduler, "a").held == []
