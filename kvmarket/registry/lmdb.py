@@ -31,7 +31,7 @@ from kvmarket.registry.lmdb_cursors import (
     keys_of_run,
     read_records,
 )
-from kvmarket.registry.lmdb_file import acquire_file, release_file
+from kvmarket.registry.lmdb_file import acquire_file, in_halves, release_file
 from kvmarket.registry.lmdb_lookup import Answer, Answers, LmdbLookup, distinct
 from kvmarket.registry.records import (
     HEAD_BYTES,
@@ -216,6 +216,10 @@ class LmdbRegistry(Registry):
         return True
 
     def withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
+        return in_halves(lambda part: self._withdraw(digest, owner, part), keys)
+
+    def _withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
+        """Remove the records of one owner in one transaction."""
         with self._file.write() as txn:
             prefix, owner_key = _u32(self.epoch_in(txn, digest)), _u32(owner)
             blocks = txn.cursor(self.table("blocks"))
@@ -225,6 +229,10 @@ class LmdbRegistry(Registry):
         return removed
 
     def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        return in_halves(lambda part: self._discard(digest, keys, part), records)
+
+    def _discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
+        """Remove records as they are, in one transaction."""
         gone: set[tuple[bytes, bytes]] = set()
         removed = 0
         with self._file.write() as txn:

@@ -25,7 +25,7 @@ from kvmarket.registry.lmdb_users import RegistryUsers
 from kvmarket.registry.records import pack, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 FILE_NAME = "registry.lmdb"
 TURN_NAME = "registry.turn"
@@ -236,6 +236,27 @@ def _after_fork_in_child() -> None:
         file.resume(in_child=True)
     _open_files.clear()
     _open_lock.release()
+
+
+def in_halves(remove: Callable[[Any], int], what: Any) -> int:
+    """Remove entries in one transaction, or in smaller ones where the file has no room for that.
+
+    lmdb copies every page that changes, and many entries may be on as many pages.
+
+    Args:
+        remove: removes some in a transaction of its own, and returns how many there were.
+        what: a sequence or array of entries.
+
+    Raises:
+        RegistryFullError: there is no room to remove even one.
+    """
+    try:
+        return remove(what)
+    except RegistryFullError:
+        half = len(what) // 2
+        if not half:
+            raise
+        return in_halves(remove, what[:half]) + in_halves(remove, what[half:])
 
 
 def acquire_file(directory: Path, map_bytes: int) -> RegistryFile:

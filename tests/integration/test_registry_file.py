@@ -1,6 +1,7 @@
 """The registry file in every state it may be found in: never a crash, never wrong, an error that says what to do."""
 
 import asyncio
+import hashlib
 import os
 import random
 import shutil
@@ -8,13 +9,15 @@ from dataclasses import replace
 
 import lmdb
 import market_jobs as jobs
+import numpy as np
 import pytest
 
 from kvmarket import ConfigError, Marketplace, MissReason, RegistryError
 from kvmarket.errors import RegistryFullError, RegistryProtocolError, RegistryUnavailableError
+from kvmarket.registry import block_keys
 from kvmarket.registry.lmdb import LmdbRegistry
 from kvmarket.registry.lmdb_file import FILE_NAME, USERS_NAME
-from kvmarket.registry.records import pack
+from kvmarket.registry.records import make_records, pack
 from kvmarket.testing.samples import SPEC, sample_kv, sample_tokens
 
 TOKENS = sample_tokens(1, 40)
@@ -287,6 +290,40 @@ async def test_a_full_registry_is_an_error_and_the_market_goes_on(config, peers)
             for seed in more:
                 await market.withdraw(sample_tokens(seed, 40))
         assert market.metrics()["blocks_withdrawn"] > 1000
+
+
+def announce_until_full(registry, digest, epoch, records):
+    announced = []
+    for seed in range(400):
+        keys = block_keys([hashlib.sha256(b"%d %d" % (seed, block)).digest() for block in range(len(records))])
+        try:
+            registry.announce(digest, epoch, keys, records)
+        except RegistryFullError:
+            return announced
+        announced += keys
+    raise AssertionError("it was never full")
+
+
+@pytest.mark.parametrize("how", ["withdraw", "discard"])
+def test_a_full_registry_has_room_to_remove_all_at_once(config, how):
+    """In one transaction it has not: the blocks are on more pages than are free to copy them to."""
+    registry = LmdbRegistry(config.directory, map_bytes=1 << 20)
+    digest = b"n" * 16
+    epoch, owner = registry.open_namespace(digest, {}), registry.register_owner(b"i" * 16).owner
+    records = make_records(owner, 0, np.arange(40), np.full(40, 2, np.uint64))
+    announced = announce_until_full(registry, digest, epoch, records)
+    with pytest.raises(RegistryFullError):
+        registry._withdraw(digest, owner, announced)
+    every = make_records(owner, 0, np.tile(np.arange(40), len(announced) // 40), np.full(len(announced), 2, np.uint64))
+    if how == "withdraw":
+        assert registry.withdraw(digest, owner, announced) == len(announced)
+    else:
+        assert registry.discard(digest, announced, every) == len(announced)
+    assert registry.lookup(digest, announced[:40]).blocks == 0
+    registry.announce(digest, epoch, announced[:40], records)
+    assert registry.lookup(digest, announced[:40]).blocks == 40
+    registry.release_owner(owner)
+    registry.close()
 
 
 async def test_a_registry_that_the_dead_filled_is_swept(config, peers):
