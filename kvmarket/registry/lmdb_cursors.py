@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.registry.records import (
-    OWNER_AT,
-    RECORD_BYTES,
-    blocks_to_run_end,
-    concatenate,
-    decode_records,
-    decode_wire,
-)
+from kvmarket.registry.records import OWNER_AT, blocks_to_run_end, decode_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,87 +17,50 @@ if TYPE_CHECKING:
 Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
 
-NO_ROWS = np.empty((0, RECORD_BYTES), np.uint8)
-
 
 def read_records(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[BlockRecords, bool]:
     """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
 
+    Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
+    the blocks asked for (several owners, a fork of the prefix, the end), the rest of it is looked up block by block.
+
     Returns:
         The records, sorted by block, and whether every key is known to have exactly one.
     """
-    rows = walk(cursor, prefix, keys)
-    walked = decode_wire(np.arange(len(rows)), rows)
-    if walked is not None and len(walked) == len(keys):
-        return walked, True
-    start = len(walked) if walked is not None else 0
     blocks: list[int] = []
     values: list[bytes] = []
-    collect(cursor, prefix, keys[start:], blocks, values)
-    records = decode_records(blocks, values)
-    if walked is not None and start:
-        records["block"] += start
-        records = concatenate([walked, records])
-    return records, False
-
-
-def walk(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> np.ndarray:
-    """Read the records of the first of `keys`, as far as whole runs of them have one each, of this version's length.
-
-    Blocks of a run are neighbours, so a run is read by walking on from its first block. What one walk does not read so
-    (several owners, a fork of the prefix, its end) is left to `collect`.
-
-    Returns:
-        (n, `RECORD_BYTES`) uint8.
-    """
-    items: list[bytes] = []
     start = 0
     while start < len(keys):
         end = min(start + blocks_to_run_end(keys[start]), len(keys))
         if not cursor.set_key(prefix + keys[start]):
             break
+        items: list[bytes] = []
         for item in islice(cursor.iternext(), end - start):
             items += item  # so many pairs, kept, would have each look-up set off the garbage collector
-        if len(items) < 2 * end or items[-2] != prefix + keys[end - 1] or cursor.next_dup():
-            break
-        start = end
-    found, values = items[: 2 * start : 2], items[1 : 2 * start : 2]
-    if not start or b"".join(found) != prefix + prefix.join(keys[:start]) or set(map(len, values)) != {RECORD_BYTES}:
-        return NO_ROWS
-    return np.frombuffer(b"".join(values), np.uint8).reshape(start, RECORD_BYTES)
-
-
-def collect(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], blocks: list[int], values: list[bytes]) -> None:
-    """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
-
-    Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
-    the blocks asked for (several owners, a fork of the prefix, the end), the rest of it is looked up block by block.
-    """
-    start = 0
-    while start < len(keys):
-        end = min(start + blocks_to_run_end(keys[start]), len(keys))
-        wanted = [prefix + key for key in keys[start:end]]
-        if not cursor.set_key(wanted[0]):
-            return
-        # Walked twice, for keys and for values: pairs of both would be tuples, and so many that each look-up would set
-        # off the garbage collector.
-        found = list(islice(cursor.iternext(keys=True, values=False), len(wanted)))
-        agreed = len(wanted)
-        if found != wanted:  # compared in C
-            differ = (i for i, key in enumerate(found) if key != wanted[i])
-            agreed = max(0, next(differ, len(found)) - 1)  # the last that agrees may have more owners
-        if agreed:
-            cursor.set_key(wanted[0])
-            blocks.extend(range(start, start + agreed))
-            values.extend(islice(cursor.iternext(keys=False, values=True), agreed))
-        if agreed < len(wanted):
-            if not _collect_one_by_one(cursor, wanted[agreed:], start + agreed, blocks, values):
-                return
-        else:
+        run = keys[start:end]
+        if b"".join(items[::2]) == prefix + prefix.join(run):
+            values += items[1::2]
+            blocks += range(start, end)
             while cursor.next_dup():  # more owners of the last one
-                blocks.append(end - 1)
                 values.append(cursor.value())
+                blocks.append(end - 1)
+        else:
+            wanted = [prefix + key for key in run]
+            agreed = _agreed(items[::2], wanted)
+            values += items[1 : 2 * agreed : 2]
+            blocks += range(start, start + agreed)
+            if not _collect_one_by_one(cursor, wanted[agreed:], start + agreed, blocks, values):
+                break
         start = end
+    one_each = bool(blocks) and blocks[-1] + 1 == len(keys) == len(values)
+    records = decode_records(np.arange(len(keys)) if one_each else blocks, values)
+    return records, one_each and len(records) == len(keys)
+
+
+def _agreed(found: list[bytes], wanted: list[bytes]) -> int:
+    """Return how many leading keys of a walk are those of blocks with one record each, as far as it shows."""
+    differ = (i for i, key in enumerate(found) if key != wanted[i])
+    return max(0, next(differ, len(found)) - 1)  # the last that agrees may have more owners
 
 
 def _collect_one_by_one(

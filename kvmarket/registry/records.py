@@ -268,7 +268,7 @@ def encode_records(records: BlockRecords) -> list[bytes]:
     return [data[i : i + RECORD_BYTES] for i in range(0, len(data), RECORD_BYTES)]
 
 
-def decode_records(blocks: Sequence[int], values: Sequence[bytes]) -> BlockRecords:
+def decode_records(blocks: Sequence[int] | np.ndarray, values: Sequence[bytes]) -> BlockRecords:
     """Decode msgpack records; those that this version cannot use are left out, never an error.
 
     Args:

@@ -112,11 +112,13 @@ def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):
 def test_whole_runs_of_one_record_each_are_walked_and_the_rest_is_looked_up(tmp_path, monkeypatch):
     """The look-up of a long prompt that one owner has asks for no block by itself."""
     asked = []
-    careful = lmdb_cursors.collect
+    careful = lmdb_cursors._collect_one_by_one
     monkeypatch.setattr(
         lmdb_cursors,
-        "collect",
-        lambda cursor, prefix, keys, *into: asked.append(keys) or careful(cursor, prefix, keys, *into),
+        "_collect_one_by_one",
+        lambda cursor, wanted, start, *into: (
+            asked.append((start, len(wanted))) or careful(cursor, wanted, start, *into)
+        ),
     )
     registry = LmdbRegistry(tmp_path / "registry")
     epoch = registry.open_namespace(DIGEST, {})
@@ -128,7 +130,8 @@ def test_whole_runs_of_one_record_each_are_walked_and_the_rest_is_looked_up(tmp_
     also = make_records(second, 0, np.array([7]), np.array([2], np.uint64))
     registry.announce(DIGEST, epoch, keys[RUN_BLOCKS + 3 : RUN_BLOCKS + 4], also)
     found = registry.lookup(DIGEST, keys)
-    assert (found.blocks, len(found.records), asked) == (LENGTH, LENGTH + 1, [keys[RUN_BLOCKS:]])
+    rest = [(RUN_BLOCKS + 3, RUN_BLOCKS - 3)]
+    assert (found.blocks, len(found.records), asked) == (LENGTH, LENGTH + 1, rest)
     assert found.records["block"].tolist() == sorted([*range(LENGTH), RUN_BLOCKS + 3])
     for owner in (first, second):
         registry.release_owner(owner)
