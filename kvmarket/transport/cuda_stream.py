@@ -5,7 +5,7 @@ makes a page readable only behind the kernels that filled it, and unreadable bef
 so whatever a copy may have met of an overwriting kernel shows in the second check.
 
 A card that has nothing to do gets at once what is added. While it is busy, what is added waits and goes in one launch:
-few large launches are read faster than many, above all over NVLink, where each one passes over the owner's memory.
+each launch, and the wait for its end, takes the host some 30 us, and the card is not faster for having it sooner.
 """
 
 from __future__ import annotations
