@@ -217,9 +217,10 @@ class CudaIpcConnection(Connection):
         stream = self._stream(request.local, on_group, group_bytes)
         try:
             stream.add(request, deadline)
-        finally:
-            report = stream.finish()
-        return report
+        except BaseException:
+            stream.abandon()
+            raise
+        return stream.finish()
 
     def prepare(self, local: PagedMemory | None = None) -> None:
         if isinstance(local, CudaPagedMemory):

@@ -1,6 +1,7 @@
 """A read on a card whose pages come in parts: which of them share a launch, and what becomes of them."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.pages import PageLayout
 from kvmarket.report import MissReason
 from kvmarket.testing.host_cuda import HostCuda, HostTransfer
-from kvmarket.transport import ReadRequest
+from kvmarket.transport import ReadRequest, cuda_ipc
+from kvmarket.transport.cuda_ipc import CudaIpcConnection
 from kvmarket.transport.cuda_stream import GROWTH, CudaStream
 from kvmarket.verification import Verification
 
@@ -221,3 +223,12 @@ def test_a_card_that_fails_is_an_error_and_leaves_nothing_waiting(card, scene):
     with pytest.raises(TransferError, match="the card failed"):
         scene.stream.finish()
     assert scene.stream.ended
+
+
+def test_a_read_on_a_card_that_fails_starts_nothing_more(card, scene):
+    connection = CudaIpcConnection("path", scene.generations, "sum128", scene.source)
+    request = ReadRequest(scene.order, scene.generations[scene.order], scene.local, np.arange(PAGES))
+    card.busy, card.failing = False, True
+    with mock.patch.object(cuda_ipc, "READ_GROUP_BYTES_MIN", PAGE_BYTES), pytest.raises(TransferError):
+        connection.read(request, deadline=scene.deadline, on_group=lambda _: None)
+    assert launched(card) == [PAGES // cuda_ipc.READ_GROUPS]
