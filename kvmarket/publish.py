@@ -318,7 +318,10 @@ class Publisher:
             if not ended:
                 self._take_back(job)
             reserved = self._region.generations.values[job.pages] == job.generations
-            job.keep([i for i in np.flatnonzero(reserved).tolist() if self._page_of.get(job.keys[i]) == job.pages[i]])
+            pages, held = job.pages.tolist(), [*map(self._page_of.get, job.keys)]  # engines wait for this lock
+            rows = [row for row in np.flatnonzero(reserved).tolist() if held[row] == pages[row]]
+            if len(rows) < len(pages):
+                job.keep(rows)
             job.generations = self._region.generations.validate(job.pages)
 
     def _work(self, jobs: list[Job]) -> None:
