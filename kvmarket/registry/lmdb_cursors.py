@@ -22,7 +22,8 @@ def read_records(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[
     """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
 
     Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
-    the blocks asked for (several owners, a fork of the prefix, the end), the rest of it is looked up block by block.
+    the blocks asked for (some with more owners than others, a fork of the prefix, the end), the rest of it is looked up
+    block by block.
 
     Returns:
         The records, sorted by block, and whether every key is known to have exactly one.
@@ -34,18 +35,19 @@ def read_records(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[
         end = min(start + blocks_to_run_end(keys[start]), len(keys))
         if not cursor.set_key(prefix + keys[start]):
             break
+        owners = cursor.count()  # of the first block; mostly all blocks of a run have as many
         items: list[bytes] = []
-        for item in islice(cursor.iternext(), end - start):
+        for item in islice(cursor.iternext(), owners * (end - start)):
             items += item  # so many pairs, kept, would have each look-up set off the garbage collector
-        run = keys[start:end]
+        run = keys[start:end] if owners == 1 else [key for key in keys[start:end] for _ in range(owners)]
         if b"".join(items[::2]) == prefix + prefix.join(run):
             values += items[1::2]
-            blocks += range(start, end)
+            blocks += range(start, end) if owners == 1 else np.repeat(np.arange(start, end), owners).tolist()
             while cursor.next_dup():  # more owners of the last one
                 values.append(cursor.value())
                 blocks.append(end - 1)
         else:
-            wanted = [prefix + key for key in run]
+            wanted = [prefix + key for key in keys[start:end]]
             agreed = _agreed(items[::2], wanted)
             values += items[1 : 2 * agreed : 2]
             blocks += range(start, start + agreed)
@@ -59,8 +61,8 @@ def read_records(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[
 
 def _agreed(found: list[bytes], wanted: list[bytes]) -> int:
     """Return how many leading keys of a walk are those of blocks with one record each, as far as it shows."""
-    differ = (i for i, key in enumerate(found) if key != wanted[i])
-    return max(0, next(differ, len(found)) - 1)  # the last that agrees may have more owners
+    agreeing = list(takewhile(lambda pair: pair[0] == pair[1], zip(found, wanted, strict=False)))
+    return max(0, len(agreeing) - 1)  # the last that agrees may have more owners
 
 
 def _collect_one_by_one(

@@ -110,7 +110,7 @@ def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):
 
 
 def test_whole_runs_of_one_record_each_are_walked_and_the_rest_is_looked_up(tmp_path, monkeypatch):
-    """The look-up of a long prompt that one owner has asks for no block by itself."""
+    """The look-up of a long prompt that one owner has, or two have, asks for no block by itself."""
     asked = []
     careful = lmdb_cursors._collect_one_by_one
     monkeypatch.setattr(
@@ -133,6 +133,11 @@ def test_whole_runs_of_one_record_each_are_walked_and_the_rest_is_looked_up(tmp_
     rest = [(RUN_BLOCKS + 3, RUN_BLOCKS - 3)]
     assert (found.blocks, len(found.records), asked) == (LENGTH, LENGTH + 1, rest)
     assert found.records["block"].tolist() == sorted([*range(LENGTH), RUN_BLOCKS + 3])
+    asked.clear()
+    registry.announce(DIGEST, epoch, keys, make_records(second, 0, np.arange(LENGTH), np.full(LENGTH, 2, np.uint64)))
+    found = registry.lookup(DIGEST, keys)
+    assert (found.blocks, len(found.records), asked) == (LENGTH, 2 * LENGTH, [])
+    assert found.records["owner"].tolist() == [first, second] * LENGTH
     for owner in (first, second):
         registry.release_owner(owner)
     registry.close()
