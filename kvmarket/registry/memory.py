@@ -12,7 +12,7 @@ from kvmarket.errors import RegistryProtocolError
 from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
-from kvmarket.registry.records import RECORD, BlockRecords, encode_records
+from kvmarket.registry.records import RECORD, BlockRecords, concatenate, encode_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,7 +126,7 @@ class MemoryRegistry(Registry):
                 found["block"] = block
                 rows.append(found)
                 blocks = block + 1
-            records = np.concatenate(rows) if rows else np.empty(0, RECORD)
+            records = concatenate(rows) if rows else np.empty(0, RECORD)
             owners = {owner: self._owners[owner] for owner in set(records["owner"].tolist())}
             ended = "" if blocks == len(keys) else "not_published"
             return LookupResult(namespace.epoch, blocks, records, ended, owners, keys)

@@ -21,6 +21,7 @@ from kvmarket.registry.records import (
     RECORD,
     RUN_BLOCKS,
     blocks_to_run_end,
+    concatenate,
     cut_to_living,
     encode_records,
     pack,
@@ -244,7 +245,7 @@ class RedisRegistry(Registry):
             complete = start + blocks
             if complete < end:
                 break
-        return _longest(epoch, keys, complete, parts[0] if len(parts) == 1 else np.concatenate(parts), owners)
+        return _longest(epoch, keys, complete, parts[0] if len(parts) == 1 else concatenate(parts), owners)
 
     def _lookup_part(
         self, digest: bytes, keys: Sequence[bytes], owners: dict[int, OwnerInfo | None]

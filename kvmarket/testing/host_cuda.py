@@ -26,13 +26,14 @@ CARD = b"the card of host"
 class HostTransfer(CudaTransfer):
     """A copy that is done by `wait`."""
 
-    def __init__(self, copy: Callable[[], np.ndarray]) -> None:
+    def __init__(self, copy: Callable[[], np.ndarray], card: HostCuda) -> None:
         self._copy: Callable[[], np.ndarray] | None = copy
+        self._card = card
         self.digests = NO_DIGESTS
 
     @property
     def ended(self) -> bool:
-        return True
+        return self._copy is None or not self._card.busy
 
     def wait(self) -> None:
         if self._copy is not None:
@@ -49,6 +50,7 @@ class HostCuda(CudaApi):
 
     Attributes:
         exportable: False plays memory that no other process can map.
+        busy: True plays cards whose copies have not ended before they are waited for.
         enabled: (here, there) for which peer access was asked for and given.
     """
 
@@ -57,7 +59,7 @@ class HostCuda(CudaApi):
         self._uuids = [CARD[:-1] + bytes([card]) for card in visible]
         self._devices: list[tuple[int, int, int]] = []
         self._peers = peers
-        self.exportable, self.enabled = True, set[tuple[int, int]]()
+        self.exportable, self.busy, self.enabled = True, False, set[tuple[int, int]]()
 
     def make_current(self, device: int) -> None:
         """There is no context."""
@@ -133,7 +135,7 @@ class HostCuda(CudaApi):
                 return NO_DIGESTS
             return self.digests(target, target_pages if digest is True else target_pages[digest])
 
-        return HostTransfer(work)
+        return HostTransfer(work, self)
 
     def digests(self, memory: CudaPagedMemory, pages: np.ndarray) -> np.ndarray:
         memory.layout.check_pages(pages)

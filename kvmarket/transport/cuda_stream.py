@@ -79,13 +79,21 @@ class _Launch(NamedTuple):
     """A copy under way, of consecutive parts; None when there are no pages."""
 
     parts: list[_Part]
-    pages: int
     transfer: CudaTransfer | None
+
+    @property
+    def pages(self) -> int:
+        """How many pages it copies."""
+        return _pages(self.parts)
 
     @property
     def ended(self) -> bool:
         """The copy is over, one way or another."""
         return self.transfer is None or self.transfer.ended
+
+
+def _pages(several: Iterable[_Part | _Launch]) -> int:
+    return sum(each.pages for each in several)
 
 
 class CudaStream(Stream):
@@ -116,7 +124,7 @@ class CudaStream(Stream):
         self._page_bytes = local.layout.page_bytes
         self._under_way: deque[_Launch] = deque()
         self._waiting: list[_Part] = []
-        self._waiting_pages = self._asked = self._valid = 0
+        self._asked = self._valid = 0
         self._group = max(1, min(group_bytes, GROUP_BYTES_MAX) // self._page_bytes)
         self._refused: dict[int, MissReason] = {}
         self._deadline: Deadline | None = None
@@ -164,15 +172,14 @@ class CudaStream(Stream):
 
     def _take(self, part: _Part) -> None:
         """Launch a part, or have it wait while the card is busy with others."""
-        together = part.plain and self._waiting_pages + part.pages <= self._group
+        together = part.plain and _pages(self._waiting) + part.pages <= self._group
         if self._waiting and not (together and self._waiting[0].plain):
             self._launch(IN_FLIGHT)
         self._waiting.append(part)
-        self._waiting_pages += part.pages
         while self._under_way and self._under_way[0].ended:
             self._check_oldest()
         behind = self._under_way[-1].pages if self._under_way else 0
-        if len(self._under_way) < IN_FLIGHT and self._waiting_pages >= min(GROWTH * behind, self._group):
+        if len(self._under_way) < IN_FLIGHT and _pages(self._waiting) >= min(GROWTH * behind, self._group):
             self._launch(IN_FLIGHT)
 
     def flush(self) -> None:
@@ -181,10 +188,9 @@ class CudaStream(Stream):
 
     def _launch(self, at_most: int) -> None:
         """Launch what waits, as soon as fewer than `at_most` others are, and not too much is, under way."""
-        parts, pages = self._waiting, self._waiting_pages
-        self._waiting, self._waiting_pages = [], 0
-        room = IN_FLIGHT * self._group - pages
-        while len(self._under_way) >= at_most or sum(launch.pages for launch in self._under_way) > room:
+        parts, self._waiting = self._waiting, []
+        pages = _pages(parts)
+        while len(self._under_way) >= at_most or _pages(self._under_way) + pages > IN_FLIGHT * self._group:
             self._check_oldest()
         if self._over() and (self._late or self._refused_before(parts[0])):
             for part in parts:
@@ -198,7 +204,7 @@ class CudaStream(Stream):
             if len(parts) > 1:
                 source, target = map(np.concatenate, zip(*(part.places for part in parts), strict=True))
             transfer = self._local.api.copy(self._source, source, self._local, target, parts[0].digest)
-        self._under_way.append(_Launch(parts, pages, transfer))
+        self._under_way.append(_Launch(parts, transfer))
 
     def _refused_before(self, part: _Part) -> bool:
         """Tell whether a page before all of `part` was refused: then nobody wants these."""
@@ -261,7 +267,7 @@ class CudaStream(Stream):
         return not self._waiting and all(launch.ended for launch in self._under_way)
 
     def abandon(self) -> None:
-        self._waiting, self._waiting_pages = [], 0
+        self._waiting = []
         failure: TransferError | None = None
         while self._under_way:
             launch = self._under_way.popleft()

@@ -12,7 +12,6 @@ from kvmarket.region.pages import PagedMemory, PageLayout
 from kvmarket.registry.host import boot_id, pid_namespace
 from kvmarket.testing.cuda_owner import CudaRegionOwner, PeerCudaOwner
 from kvmarket.testing.cuda_suite import CudaConformance
-from kvmarket.testing.host_cuda import HostTransfer
 from kvmarket.transport import ReadRequest
 from kvmarket.transport.cuda_ipc import CudaExports, CudaIpcTransport
 
@@ -142,8 +141,8 @@ class TestOnABusyCard(TestWithinOneProcess):
     """Its copies have not ended before they are waited for, where those of the others have at once."""
 
     @pytest.fixture(autouse=True)
-    def busy(self, monkeypatch):
-        monkeypatch.setattr(HostTransfer, "ended", property(lambda transfer: transfer._copy is None))
+    def busy(self, card):
+        card.api.busy = True
 
 
 def test_descriptors_travel_and_older_ones_are_host_memory():

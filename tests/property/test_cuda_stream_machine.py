@@ -50,7 +50,7 @@ class Card(HostCuda):
                     card.under_way.remove(self)
                 super().wait()
 
-        transfer = Transfer(super().copy(*args)._copy)
+        transfer = Transfer(super().copy(*args)._copy, self)
         self.under_way.append(transfer)
         self.most = max(self.most, len(self.under_way))
         return transfer

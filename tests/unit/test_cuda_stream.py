@@ -1,5 +1,6 @@
 """A read on a card whose pages come in parts: which of them share a launch, and what becomes of them."""
 
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,7 +13,7 @@ from kvmarket.errors import TransferError
 from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket.region.pages import PageLayout
 from kvmarket.report import MissReason
-from kvmarket.testing.host_cuda import HostCuda, HostTransfer
+from kvmarket.testing.host_cuda import HostCuda
 from kvmarket.transport import ReadRequest, cuda_ipc
 from kvmarket.transport.cuda_ipc import CudaIpcConnection
 from kvmarket.transport.cuda_stream import GROWTH, CudaStream
@@ -23,27 +24,22 @@ PART = 3
 
 
 class BusyCard(HostCuda):
-    """Ends copies when told to, and only then; a failing one fails in all that are waited for."""
+    """Takes down what it copies. While it fails, so do all copies that are waited for."""
 
     def __init__(self):
         super().__init__()
         self.copied, self.busy, self.failing = [], True, False
-        card = self
-
-        class Transfer(HostTransfer):
-            ended = property(lambda _: not card.busy)
-
-            def wait(self):
-                if card.failing:
-                    raise TransferError("the card failed", scheme="cuda_ipc")
-                super().wait()
-
-        self._transfer = Transfer
 
     def copy(self, source, source_pages, target, target_pages, digest=None):
         self.copied.append(source_pages.tolist())
         transfer = super().copy(source, source_pages, target, target_pages, digest)
-        return self._transfer(transfer._copy)
+        transfer.wait = partial(self._wait, transfer.wait)
+        return transfer
+
+    def _wait(self, wait):
+        if self.failing:
+            raise TransferError("the card failed", scheme="cuda_ipc")
+        wait()
 
 
 @pytest.fixture
