@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +11,7 @@ from kvmarket.errors import DeadlineExceededError
 from kvmarket.waiting import drain, retrieve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from kvmarket.deadline import Deadline
 
@@ -65,17 +66,26 @@ class Calls:
         finally:
             self._slots.release()
 
-    async def go_on(self, work: Callable[[], T], limit: Deadline) -> T:
-        """Have a reading thread end what fills a caller's memory already; not where calls are `full`. See `run`."""
+    @contextlib.asynccontextmanager
+    async def begun(self) -> AsyncIterator[None]:
+        """Count what the event loop does itself as a call of `read`; not where calls are `full`."""
         await self._slots.acquire()  # does not wait where `full` is false
+        ended = asyncio.get_running_loop().create_future()
+        self._running.add(ended)
         try:
-            return await self.run(self.readers, work, limit, borrowed=True, begun=True)
+            yield
         finally:
             self._slots.release()
+            self._running.discard(ended)
+            ended.set_result(None)
+
+    async def go_on(self, work: Callable[[], T], limit: Deadline) -> T:
+        """Have a reading thread end what fills a caller's memory already, within `begun`. See `run`."""
+        return await self.run(self.readers, work, limit, borrowed=True, begun=True)
 
     @property
     def full(self) -> bool:
-        """True when as many calls of `read` and `go_on` run as may run at once."""
+        """True when as many calls of `read` and `begun` run as may run at once."""
         return self._slots.locked()
 
     async def run(
@@ -95,9 +105,11 @@ class Calls:
             limit: raise `DeadlineExceededError` when it passes. Work that has not begun by then never will.
             borrowed: `work` touches the caller's memory. Once it has begun it is waited for, whatever happens; it must
                 end soon after `limit` does, which a cancellation of the caller brings forward.
-            begun: `work` goes on with what touches that memory already: it is waited for in any case.
+            begun: `work` goes on with what touches that memory already: it is waited for in any case, and runs although
+                no more calls are taken.
         """
-        self._require_open()
+        if not begun:
+            self._require_open()
         job = pool.submit(work)
         future = asyncio.wrap_future(job)
         self._running.add(future)

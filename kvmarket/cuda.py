@@ -66,11 +66,16 @@ def packed_cuda_pages(tensor: Any, spec: KVCacheSpec, what: str = "kv") -> CudaP
 
 
 def _recorded(tensor: Any) -> Any:
-    """Return an event behind everything that the caller's current stream of the tensor's card holds now."""
+    """Return an event behind everything that the caller's current stream of the tensor's card holds now.
+
+    None when that has ended already: waiting for an event of another stream takes a card some 10 us, passed or not.
+    """
     if hasattr(tensor, "is_cuda"):
-        return sys.modules["torch"].cuda.current_stream(tensor.device).record_event()
+        stream = sys.modules["torch"].cuda.current_stream(tensor.device)
+        return None if stream.query() else stream.record_event()
     with tensor.device:
-        return sys.modules["cupy"].cuda.get_current_stream().record()
+        stream = sys.modules["cupy"].cuda.get_current_stream()
+        return None if stream.done else stream.record()
 
 
 def cuda_bytes(tensor: Any) -> Any:

@@ -130,26 +130,29 @@ class Fetcher:
         deadline: Deadline,
         groups_max: int = GROUPS_MAX,
     ) -> OverlappedFetch:
-        """Begin a `fetch`, without waiting for copies; `complete` or `OverlappedFetch.abandon` must follow soon.
+        """Begin a `fetch`, without waiting for copies.
+
+        `advance` may follow; `complete` or `OverlappedFetch.abandon` must, soon.
 
         Args:
             groups, local, local_pages, deadline: see `fetch`.
             groups_max: how many groups to take. Fewer than all: only over a connection that is open.
         """
         begun = OverlappedFetch(self, groups, local, local_pages, deadline, self._registry.looking_up(self._digest))
-        self._advance(begun, groups_max)
+        self.advance(begun, groups_max)
         return begun
 
     def complete(self, begun: OverlappedFetch) -> Fetched:
         """Go on with what was begun, read the rest, check all of it: once, on any thread."""
         if begun.unfinished:
-            self._advance(begun, GROUPS_MAX)
+            self.advance(begun, GROUPS_MAX)
         begun.settle()
         (found, reason, detail), outcome = begun.answer, begun.outcome
         self._read_rest(found, begun.local, begun.local_pages, begun.deadline, outcome=outcome, sources=begun.sources)
         return Fetched(found, reason, detail, outcome, begun.asked)
 
-    def _advance(self, begun: OverlappedFetch, groups_max: int) -> None:
+    def advance(self, begun: OverlappedFetch, groups_max: int) -> None:
+        """Take up to so many more groups of an `unfinished` fetch. Errors end it."""
         try:
             answer = self._look_up_in_parts(begun, groups_max)
         except BaseException:

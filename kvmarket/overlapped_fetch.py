@@ -92,7 +92,7 @@ class OverlappedFetch:
 
         Returns:
             What was found; None when `groups_max` groups were taken and there may be more, in a look-up that stays
-            open. Errors of the look-up end it.
+            open: who leaves it for a while calls `flush` first. Errors of the look-up end it.
         """
         lookup = self._lookup
         if lookup is None:
@@ -105,7 +105,7 @@ class OverlappedFetch:
             for _ in range(groups_max):
                 keys = next(self._groups, None)
                 if keys is None:
-                    self._flush()
+                    self.flush()
                     found = lookup.result()
                     break
                 self._take(keys)
@@ -115,7 +115,6 @@ class OverlappedFetch:
                     self._open = self._start(part, lookup, may_connect=groups_max == GROUPS_MAX)
                     self._since = time.perf_counter()
             else:
-                self._flush()
                 return None
         except BaseException as error:
             self._end_lookup(error)
@@ -170,7 +169,7 @@ class OverlappedFetch:
             self._failure = error
             return False
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Start what was found and has not been started: nothing more is found soon."""
         if self._stream is not None and self._failure is None:
             try:
@@ -198,13 +197,21 @@ class OverlappedFetch:
         self._owner, self._region, self._connection = owner, region, connection
         return True
 
+    @property
+    def streams(self) -> bool:
+        """True while what is found is begun to be read at once."""
+        return self._open and self._stream is not None
+
+    @property
+    def copied(self) -> bool:
+        """True when `settle` would not wait: everything that the look-up, which is over, found has been copied."""
+        return self._blocks >= self.found.blocks and (self._stream is None or self._stream.ended)
+
     def settles_within(self, seconds: float) -> bool:
-        """Wait a moment; tell whether everything that was found has been copied, so that `settle` does not wait."""
-        if self._blocks < self.found.blocks:
-            return False
+        """Wait a moment until all is `copied`; tell whether it is."""
         end = time.perf_counter() + seconds
-        while self._stream is not None and not self._stream.ended:
-            if time.perf_counter() >= end:
+        while not self.copied:
+            if self._blocks < self.found.blocks or time.perf_counter() >= end:
                 return False
         return True
 

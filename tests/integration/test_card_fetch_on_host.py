@@ -1,6 +1,7 @@
 """What asyncio does of a fetch to a card itself, and what it leaves to a thread; host memory is the card's."""
 
 import asyncio
+import itertools
 import threading
 import time
 
@@ -9,9 +10,9 @@ import pytest
 from cuda_jobs import KEYS, PAGES, pages_on, publish, same_bytes, scribble
 
 from kvmarket.calls import Calls
-from kvmarket.card_fetch import CardFetches
+from kvmarket.card_fetch import TURN_S, CardFetches
 from kvmarket.deadline import Deadline
-from kvmarket.errors import DeadlineExceededError, InvalidInputError
+from kvmarket.errors import DeadlineExceededError, InvalidInputError, MarketClosedError
 from kvmarket.fetch import Fetcher
 from kvmarket.report import MissReason
 from kvmarket.testing.host_cuda import HostTransfer
@@ -80,29 +81,98 @@ def same_pages(local, api):
     return same_bytes(local, pages_on(api, 1), PAGES)
 
 
-async def test_of_more_than_a_few_blocks_the_first_are_launched_on_the_loop_and_the_rest_on_a_thread(
-    monkeypatch, open_core, owner, api, completed_on
-):
-    core, launched = open_core(), []
+@pytest.fixture
+def launched(monkeypatch, api):
+    """(pages, whether on the event loop's thread) of every launch."""
+    launches, here = [], threading.current_thread()
     original = type(api).copy
 
     def copy(self, source, pages, *args):
-        launched.append((len(pages), threading.current_thread() is here))
+        launches.append((len(pages), threading.current_thread() is here))
         return original(self, source, pages, *args)
 
     monkeypatch.setattr(type(api), "copy", copy)
-    calls, here = Calls(1, core.require_open), threading.current_thread()
-    begun = [(8, True), (8, True), (PAGES - 16, False)]
-    for expected in ([(PAGES, False)], begun, begun):
+    return launches
+
+
+IN_GROUPS = KEYS[:8], KEYS[8:16], KEYS[16:]
+
+
+@pytest.mark.usefixtures("owner")
+@pytest.mark.parametrize("all_here", [True, False])
+async def test_so_many_blocks_are_launched_on_the_loop_and_the_rest_on_a_thread(
+    fetches, api, completed_on, launched, all_here
+):
+    here = threading.current_thread()
+    fetches._blocks_on_loop = PAGES + 1 if all_here else 16
+    begun = [(8, True), (8, True), (PAGES - 16, all_here)]
+    for expected, on_the_loop in (([(PAGES, False)], False), (begun, all_here), (begun, all_here)):
         local = pages_on(api, 2)
-        groups = iter([KEYS[:8], KEYS[8:16], KEYS[16:]])
-        outcome = (await CardFetches(core, calls).fetch(groups, local, Deadline(10))).outcome
+        outcome = (await fetches.fetch(iter(IN_GROUPS), local, Deadline(10))).outcome
         assert (outcome.blocks, outcome.blocks_verified, outcome.reason) == (PAGES, PAGES, MissReason.NONE)
         assert same_pages(local, api)
         assert launched == expected
-        assert completed_on.pop() is not here
+        assert (completed_on.pop() is here) == on_the_loop
         launched.clear()
-    calls.shut_down()
+
+
+async def test_others_have_their_turn_between_groups(fetches, owner, api):
+    await fetch(fetches, pages_on(api, 2))
+    turns = []
+
+    def groups():
+        for group in (KEYS[first : first + 8] for first in range(0, PAGES, 8)):
+            time.sleep(2 * TURN_S)
+            turns.append("hashed")
+            yield group
+
+    running = asyncio.create_task(fetches.fetch(groups(), pages_on(api, 2), Deadline(10)))
+    while not running.done():
+        await asyncio.sleep(0)
+        turns.append("other")
+    assert (await running).outcome.blocks == PAGES
+    hashed = [number for number, turn in enumerate(turns) if turn == "hashed"]
+    assert len(hashed) == PAGES // 8
+    assert all(after - before > 1 for before, after in itertools.pairwise(hashed[1:])), turns
+
+
+async def test_what_is_not_compared_with_digests_is_left_to_a_thread(fetches, owner, api, completed_on):
+    """Its launches do not wait for each other, so the loop might have to wait for one."""
+    await fetch(fetches, pages_on(api, 2))
+    fetches._core.fetcher.verify = "none"
+    assert (await fetches.fetch(iter(IN_GROUPS), pages_on(api, 2), Deadline(10))).outcome.blocks == PAGES
+    assert completed_on.pop() is not threading.current_thread()
+
+
+@pytest.mark.parametrize("groups", [IN_GROUPS, [KEYS]])
+async def test_closing_waits_for_a_fetch_between_its_turns(fetches, owner, api, groups):
+    await fetch(fetches, pages_on(api, 2))
+    api.busy = True
+    running = asyncio.create_task(fetches.fetch(iter(groups), pages_on(api, 2), Deadline(10)))
+    await asyncio.sleep(0)
+    assert not running.done()
+
+    def refuse():
+        raise MarketClosedError("closed")
+
+    fetches._calls._require_open = refuse
+    await fetches._calls.end()
+    assert running.done() or not fetches._calls._running
+    assert (await running).outcome.blocks == PAGES
+
+
+async def test_who_gives_up_between_turns_leaves_no_transaction_and_no_call(fetches, owner, api):
+    await fetch(fetches, pages_on(api, 2))
+    local = pages_on(api, 2)
+    running = asyncio.create_task(fetches.fetch(iter(IN_GROUPS), local, Deadline(10)))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert fetches._core.registry._file._active == 0
+    assert not fetches._calls._running
+    assert not fetches._calls.full
+    assert (await fetch(fetches, local)).outcome.blocks == PAGES
 
 
 async def test_where_all_threads_are_busy_nothing_is_begun(fetches, owner, api):
@@ -115,7 +185,9 @@ async def test_where_all_threads_are_busy_nothing_is_begun(fetches, owner, api):
     assert (await fetch(fetches, pages_on(api, 2))).outcome.blocks == PAGES
 
 
-async def test_a_look_up_that_fails_on_a_thread_leaves_no_copy_and_no_transaction(fetches, owner, api):
+@pytest.mark.parametrize("blocks_on_loop", [16, PAGES + 1])
+async def test_a_look_up_that_fails_leaves_no_copy_and_no_transaction(fetches, owner, api, blocks_on_loop):
+    fetches._blocks_on_loop = blocks_on_loop
     await fetch(fetches, pages_on(api, 2))
 
     def groups():
