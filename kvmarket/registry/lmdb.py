@@ -7,6 +7,7 @@ Readers take no lock and make no system call worth naming; writers take turns. T
     regions     owner (4) region (2)   -> descriptor
     namespaces  digest                 -> epoch and description
     blocks      epoch (4) block key    -> records, one per owner
+    stretches   epoch (4) run owner (4) -> the same for whole runs, see `lmdb_stretches`
     runs        owner (4)              -> epoch (4) head (8) of every run the owner has blocks in, for fencing
     retired     epoch (4)              -> epochs whose blocks may be removed
 
@@ -24,15 +25,18 @@ from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
+    Cursor,
     count_prefix,
     delete_prefix,
     delete_record,
     forget_runs,
     keys_of_run,
     read_records,
+    run_is_used,
 )
 from kvmarket.registry.lmdb_file import acquire_file, in_halves, release_file
 from kvmarket.registry.lmdb_lookup import Answer, Answers, LmdbLookup, distinct
+from kvmarket.registry.lmdb_stretches import announce_stretches, withdraw_stretches
 from kvmarket.registry.records import (
     HEAD_BYTES,
     OWNER_AT,
@@ -206,11 +210,16 @@ class LmdbRegistry(Registry):
             prefix = _u32(epoch)
             blocks, runs = txn.cursor(self.table("blocks")), txn.cursor(self.table("runs"))
             seen: set[tuple[bytes, bytes]] = set()
-            for key, value in zip(keys, encode_records(records), strict=True):
+            replaced: set[tuple[bytes, bytes]] = set()
+            values = encode_records(records)
+            for key, value in zip(keys, values, strict=True):
                 full, owner_key = prefix + key, value[OWNER_AT]
-                delete_record(blocks, full, owner_key)
+                place = (owner_key, full[: _U32 + HEAD_BYTES])
+                if delete_record(blocks, full, owner_key):
+                    replaced.add(place)
                 blocks.put(full, value)
-                seen.add((owner_key, full[: _U32 + HEAD_BYTES]))
+                seen.add(place)
+            announce_stretches(txn.cursor(self.table("stretches")), prefix, keys, values, replaced)
             for owner_key, run in seen:
                 runs.put(owner_key, run, dupdata=False)
         return True
@@ -225,8 +234,11 @@ class LmdbRegistry(Registry):
             blocks = txn.cursor(self.table("blocks"))
             removed = sum(delete_record(blocks, prefix + key, owner_key) for key in keys)
             runs = {(owner_key, prefix + key[:HEAD_BYTES]) for key in keys}
-            forget_runs(txn.cursor(self.table("runs")), blocks, runs)
+            self._forget_runs(txn, blocks, runs)
         return removed
+
+    def _forget_runs(self, txn: Transaction, blocks: Cursor, pairs: set[tuple[bytes, bytes]]) -> None:
+        forget_runs(txn.cursor(self.table("runs")), blocks, txn.cursor(self.table("stretches")), pairs)
 
     def discard(self, digest: bytes, keys: Sequence[bytes], records: BlockRecords) -> int:
         return in_halves(lambda part: self._discard(digest, keys, part), records)
@@ -243,7 +255,7 @@ class LmdbRegistry(Registry):
                     blocks.delete()
                     removed += 1
                     gone.add((value[OWNER_AT], key[: _U32 + HEAD_BYTES]))
-            forget_runs(txn.cursor(self.table("runs")), blocks, gone)
+            self._forget_runs(txn, blocks, gone)
         return removed
 
     def lookup(self, digest: bytes, keys: Sequence[bytes]) -> LookupResult:
@@ -284,8 +296,8 @@ class LmdbRegistry(Registry):
     def _look_up(
         self, txn: Transaction, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
     ) -> tuple[BlockRecords, int, str]:
-        with txn.cursor(self.table("blocks")) as cursor:
-            records, one_each = read_records(cursor, _u32(epoch), keys)
+        with txn.cursor(self.table("blocks")) as cursor, txn.cursor(self.table("stretches")) as stretches:
+            records, one_each = read_records(cursor, _u32(epoch), keys, stretches)
         dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
         if one_each and not dead:
             return records, len(keys), ""
@@ -332,6 +344,7 @@ class LmdbRegistry(Registry):
 
     def _fence_some(self, txn: Transaction, owner_key: bytes) -> bool:
         runs, blocks = txn.cursor(self.table("runs")), txn.cursor(self.table("blocks"))
+        stretches = txn.cursor(self.table("stretches"))
         removed = 0
         while runs.set_key(owner_key):
             if removed >= self._sweep_keys:
@@ -341,6 +354,8 @@ class LmdbRegistry(Registry):
             removed += len(keys)
             for key in keys:
                 delete_record(blocks, key, owner_key)
+            is_empty = not run_is_used(blocks, run)
+            withdraw_stretches(stretches, owner_key, run, has_others=False, is_empty=is_empty)
             runs.set_key_dup(owner_key, run)
             runs.delete()
         return True
@@ -349,7 +364,9 @@ class LmdbRegistry(Registry):
         removed = limit = self._sweep_keys
         while removed >= limit:
             with self._file.write() as txn:
-                removed = delete_prefix(txn.cursor(self.table("blocks")), epoch_key, limit)
+                removed = delete_prefix(txn.cursor(self.table("stretches")), epoch_key, limit)
+                if removed < limit:
+                    removed += delete_prefix(txn.cursor(self.table("blocks")), epoch_key, limit - removed)
                 if removed < limit:
                     txn.delete(epoch_key, db=self.table("retired"))
 

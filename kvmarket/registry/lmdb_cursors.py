@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.registry.records import OWNER_AT, blocks_to_run_end, decode_records
+from kvmarket.registry.lmdb_stretches import interleaved, read_stretches, withdraw_stretches
+from kvmarket.registry.records import (
+    OWNER_AT,
+    RECORD_BYTES,
+    RUN_BLOCKS,
+    blocks_to_run_end,
+    decode_records,
+    decode_wire,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,45 +26,78 @@ Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
 
 
-def read_records(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[BlockRecords, bool]:
+def read_records(
+    cursor: Cursor, prefix: bytes, keys: Sequence[bytes], stretches: Cursor = None
+) -> tuple[BlockRecords, bool]:
     """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
 
-    Blocks of a run are neighbours, so a run is read by walking on from its first block. Where that meets anything but
-    the blocks asked for (some with more owners than others, a fork of the prefix, the end), the rest of it is looked up
-    block by block.
+    Args:
+        cursor: of the blocks.
+        prefix: the epoch.
+        keys: of consecutive blocks.
+        stretches: of the stretches; None to read record by record.
 
     Returns:
         The records, sorted by block, and whether every key is known to have exactly one.
     """
     blocks: list[int] = []
     values: list[bytes] = []
-    start = 0
+    start = whole = 0
     while start < len(keys):
         end = min(start + blocks_to_run_end(keys[start]), len(keys))
-        if not cursor.set_key(prefix + keys[start]):
+        found = read_stretches(stretches, prefix, keys[start:end]) if stretches and end - start == RUN_BLOCKS else []
+        if found:
+            values.append(interleaved(found))
+            blocks += _repeated(range(start, end), len(found))
+            whole += 1
+        elif not _read_run(cursor, prefix, keys[start:end], start=start, blocks=blocks, values=values):
             break
-        owners = cursor.count()  # of the first block; mostly all blocks of a run have as many
-        items: list[bytes] = []
-        for item in islice(cursor.iternext(), owners * (end - start)):
-            items += item  # so many pairs, kept, would have each look-up set off the garbage collector
-        run = keys[start:end] if owners == 1 else [key for key in keys[start:end] for _ in range(owners)]
-        if b"".join(items[::2]) == prefix + prefix.join(run):
-            values += items[1::2]
-            blocks += range(start, end) if owners == 1 else np.repeat(np.arange(start, end), owners).tolist()
-            while cursor.next_dup():  # more owners of the last one
-                values.append(cursor.value())
-                blocks.append(end - 1)
-        else:
-            wanted = [prefix + key for key in keys[start:end]]
-            agreed = _agreed(items[::2], wanted)
-            values += items[1 : 2 * agreed : 2]
-            blocks += range(start, start + agreed)
-            if not _collect_one_by_one(cursor, wanted[agreed:], start + agreed, blocks, values):
-                break
         start = end
-    one_each = bool(blocks) and blocks[-1] + 1 == len(keys) == len(values)
-    records = decode_records(np.arange(len(keys)) if one_each else blocks, values)
-    return records, one_each and len(records) == len(keys)
+    one_each = bool(blocks) and blocks[-1] + 1 == len(keys) == len(blocks)
+    places = np.arange(len(keys)) if one_each else blocks
+    if not whole:
+        records = decode_records(places, values)
+        return records, one_each and len(records) == len(keys)
+    data = np.frombuffer(b"".join(values), np.uint8)
+    decoded = decode_wire(places, data.reshape(-1, RECORD_BYTES)) if len(data) == RECORD_BYTES * len(blocks) else None
+    if decoded is None:  # some are of a later version
+        return read_records(cursor, prefix, keys)
+    return decoded, one_each
+
+
+def _repeated(blocks: range, times: int) -> Sequence[int]:
+    return blocks if times == 1 else np.repeat(np.arange(blocks.start, blocks.stop), times).tolist()
+
+
+def _read_run(
+    cursor: Cursor, prefix: bytes, keys: Sequence[bytes], *, start: int, blocks: list[int], values: list[bytes]
+) -> bool:
+    """Read the records of blocks `start`, `start` + 1, ... of one run; tell whether all have one.
+
+    Blocks of a run are neighbours, so it is read by walking on from its first block. Where that meets anything but the
+    blocks asked for (some with more owners than others, a fork of the prefix, the end), the rest is looked up block by
+    block.
+    """
+    if not cursor.set_key(prefix + keys[0]):
+        return False
+    end = start + len(keys)
+    owners = cursor.count()  # of the first block; mostly all blocks of a run have as many
+    items: list[bytes] = []
+    for item in islice(cursor.iternext(), owners * len(keys)):
+        items += item  # so many pairs, kept, would have each look-up set off the garbage collector
+    run = keys if owners == 1 else [key for key in keys for _ in range(owners)]
+    if b"".join(items[::2]) == prefix + prefix.join(run):
+        values += items[1::2]
+        blocks += _repeated(range(start, end), owners)
+        while cursor.next_dup():  # more owners of the last one
+            values.append(cursor.value())
+            blocks.append(end - 1)
+        return True
+    wanted = [prefix + key for key in keys]
+    agreed = _agreed(items[::2], wanted)
+    values += items[1 : 2 * agreed : 2]
+    blocks += range(start, start + agreed)
+    return _collect_one_by_one(cursor, wanted[agreed:], start + agreed, blocks, values)
 
 
 def _agreed(found: list[bytes], wanted: list[bytes]) -> int:
@@ -121,11 +162,22 @@ def delete_prefix(cursor: Cursor, prefix: bytes, limit: int) -> int:
     return removed
 
 
-def forget_runs(runs: Cursor, blocks: Cursor, pairs: set[tuple[bytes, bytes]]) -> None:
-    """Take runs that owners have no blocks in any more off their lists; `pairs` are of owner and run."""
+def forget_runs(runs: Cursor, blocks: Cursor, stretches: Cursor, pairs: set[tuple[bytes, bytes]]) -> None:
+    """Follow the removal of blocks: (owner, run) of `pairs` are of those whose records were removed.
+
+    Runs that owners have no blocks in any more are taken off their lists.
+    """
     for owner_key, run in pairs:
-        if not run_has_owner(blocks, run, owner_key) and runs.set_key_dup(owner_key, run):
+        has_others = run_has_owner(blocks, run, owner_key)
+        if not has_others and runs.set_key_dup(owner_key, run):
             runs.delete()
+        is_empty = not has_others and not run_is_used(blocks, run)
+        withdraw_stretches(stretches, owner_key, run, has_others=has_others, is_empty=is_empty)
+
+
+def run_is_used(cursor: Cursor, run: bytes) -> bool:
+    """Tell whether anybody has any block in a run."""
+    return bool(cursor.set_range(run)) and bool(cursor.key().startswith(run))
 
 
 def count_prefix(cursor: Cursor, prefix: bytes) -> int:

@@ -36,7 +36,7 @@ WRITE_WAIT_S = 3.0
 """How long a writer waits for the others before it gives up."""
 READERS_MAX = 1024
 _SORTED = ("blocks", "runs")
-_PLAIN = ("meta", "owners", "regions", "namespaces", "retired")
+_PLAIN = ("meta", "owners", "regions", "namespaces", "retired", "stretches")
 
 
 @dataclass

@@ -25,12 +25,26 @@ def chain(fork, tail):
     return [(f"{i}" if i < fork else f"{i} {fork} {tail}").encode().ljust(32, b".") for i in range(LENGTH)]
 
 
+doings = st.sampled_from(["announce", "announce", "withdraw", "discard"])
 announcements = st.lists(
-    st.tuples(st.integers(0, 2), st.tuples(positions, st.integers(0, 2)), positions, positions, st.booleans()),
+    st.tuples(st.integers(0, 2), st.tuples(positions, st.integers(0, 2)), positions, positions, doings),
     min_size=1,
     max_size=8,
 )
 questions = st.tuples(st.integers(0, 7), positions, positions)
+# Of two runs and little else, so that whole ones meet each other, a part of one, and a fork.
+whole_announcements = st.lists(
+    st.tuples(
+        st.integers(0, 1),
+        st.tuples(st.sampled_from((LENGTH, LENGTH, RUN_BLOCKS + 3)), st.integers(0, 1)),
+        st.sampled_from((0, 0, RUN_BLOCKS, RUN_BLOCKS + 1)),
+        st.sampled_from((RUN_BLOCKS, 2 * RUN_BLOCKS, 2 * RUN_BLOCKS, RUN_BLOCKS + 5)),
+        doings,
+    ),
+    min_size=2,
+    max_size=6,
+)
+whole_questions = st.tuples(st.integers(0, 7), st.sampled_from((0, RUN_BLOCKS)), st.just(2 * RUN_BLOCKS))
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +62,57 @@ def server(tmp_path_factory):
 
 
 def answer(registry, digest, announced, asked):
-    """What a registry finds after some owners announced, and withdrew, parts of some prefixes."""
+    """What a registry finds after some owners announced, and withdrew, parts of some prefixes; and on the way there."""
     epoch = registry.open_namespace(digest, {})
     owners = [registry.register_owner(bytes([i]) * 16).owner for i in range(3)]
-    for number, (who, shape, start, end, back) in enumerate(announced):
-        keys = block_keys(chain(*shape))[start:end]
-        if back and number:
-            registry.withdraw(digest, owners[who], keys)
-            continue
-        pages = np.arange(len(keys)) + 1000 * number
-        records = make_records(owners[who], 0, pages, np.full(len(keys), 2, np.uint64))
-        assert registry.announce(digest, epoch, keys, records)
     which, first, last = asked
-    shape = announced[which % len(announced)][1]
-    found = registry.lookup(digest, block_keys(chain(*shape))[first:last])
-    rows = sorted((int(r["block"]), owners.index(int(r["owner"])), int(r["page"])) for r in found.records)
+    asked_keys = block_keys(chain(*announced[which % len(announced)][1]))[first:last]
+    answers = []
+    for number, (who, shape, start, end, doing) in enumerate(announced):
+        keys = block_keys(chain(*shape))[start:end]
+        if doing == "withdraw":
+            registry.withdraw(digest, owners[who], keys)
+        elif doing == "discard":
+            stale = registry.lookup(digest, keys).records
+            registry.discard(digest, keys, stale[stale["owner"] == owners[who]][::2])
+        else:
+            pages = np.arange(len(keys)) + 1000 * number
+            records = make_records(owners[who], 0, pages, np.full(len(keys), 2, np.uint64))
+            assert registry.announce(digest, epoch, keys, records)
+        found = registry.lookup(digest, asked_keys)
+        rows = [(int(r["block"]), owners.index(int(r["owner"])), int(r["page"])) for r in found.records]
+        answers.append((found.blocks, sorted(rows), found.first_missing))
     for owner in owners:
         registry.release_owner(owner)
-    return found.blocks, rows, found.first_missing
+    return answers
+
+
+def entries(registry):
+    """How many entries the tables about blocks have."""
+    file = registry._file
+    with file.read() as txn:
+        return {name: txn.stat(file.tables[name])["entries"] for name in ("blocks", "runs", "stretches")}
+
+
+def as_the_reference(directory, announced, asked):
+    registry = LmdbRegistry(directory / str(len(list(directory.iterdir()))), map_bytes=16 << 20)
+    found = answer(registry, DIGEST, announced, asked)
+    left = entries(registry)
+    registry.close()
+    assert found == answer(MemoryRegistry(), DIGEST, announced, asked)
+    assert left == {"blocks": 0, "runs": 0, "stretches": 0}
 
 
 @settings(max_examples=60, deadline=None)
 @given(announced=announcements, asked=questions)
 def test_the_file_finds_what_the_reference_finds(directory, announced, asked):
-    registry = LmdbRegistry(directory / str(len(list(directory.iterdir()))), map_bytes=16 << 20)
-    found = answer(registry, DIGEST, announced, asked)
-    registry.close()
-    assert found == answer(MemoryRegistry(), DIGEST, announced, asked)
+    as_the_reference(directory, announced, asked)
+
+
+@settings(max_examples=100, deadline=None)
+@given(announced=whole_announcements, asked=whole_questions)
+def test_the_file_finds_what_the_reference_finds_of_whole_runs(directory, announced, asked):
+    as_the_reference(directory, announced, asked)
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,35 +147,158 @@ def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):
     registry.close()
 
 
-def test_whole_runs_of_one_record_each_are_walked_and_the_rest_is_looked_up(tmp_path, monkeypatch):
-    """The look-up of a long prompt that one owner has, or two have, asks for no block by itself."""
-    asked = []
-    careful = lmdb_cursors._collect_one_by_one
-    monkeypatch.setattr(
-        lmdb_cursors,
-        "_collect_one_by_one",
-        lambda cursor, wanted, start, *into: (
-            asked.append((start, len(wanted))) or careful(cursor, wanted, start, *into)
-        ),
-    )
+@pytest.fixture
+def registry(tmp_path):
     registry = LmdbRegistry(tmp_path / "registry")
-    epoch = registry.open_namespace(DIGEST, {})
-    first, second = (registry.register_owner(bytes([i]) * 16).owner for i in range(2))
-    keys = block_keys(chain(LENGTH, 0))
-    registry.announce(DIGEST, epoch, keys, make_records(first, 0, np.arange(LENGTH), np.full(LENGTH, 2, np.uint64)))
-    found = registry.lookup(DIGEST, keys[5:])
-    assert (found.blocks, found.records["page"].tolist(), asked) == (LENGTH - 5, [*range(5, LENGTH)], [])
-    also = make_records(second, 0, np.array([7]), np.array([2], np.uint64))
-    registry.announce(DIGEST, epoch, keys[RUN_BLOCKS + 3 : RUN_BLOCKS + 4], also)
-    found = registry.lookup(DIGEST, keys)
-    rest = [(RUN_BLOCKS + 3, RUN_BLOCKS - 3)]
-    assert (found.blocks, len(found.records), asked) == (LENGTH, LENGTH + 1, rest)
-    assert found.records["block"].tolist() == sorted([*range(LENGTH), RUN_BLOCKS + 3])
-    asked.clear()
-    registry.announce(DIGEST, epoch, keys, make_records(second, 0, np.arange(LENGTH), np.full(LENGTH, 2, np.uint64)))
-    found = registry.lookup(DIGEST, keys)
-    assert (found.blocks, len(found.records), asked) == (LENGTH, 2 * LENGTH, [])
-    assert found.records["owner"].tolist() == [first, second] * LENGTH
-    for owner in (first, second):
-        registry.release_owner(owner)
+    yield registry
     registry.close()
+
+
+class World:
+    """One namespace, three owners, and which runs a look-up read record by record."""
+
+    def __init__(self, registry, monkeypatch):
+        self.registry, self.epoch = registry, registry.open_namespace(DIGEST, {})
+        self.owners = [registry.register_owner(bytes([i]) * 16).owner for i in range(3)]
+        self.walked, self.careful = [], []
+        read_run, one_by_one = lmdb_cursors._read_run, lmdb_cursors._collect_one_by_one
+
+        def walk(*args, start, **into):
+            self.walked.append(start)
+            return read_run(*args, start=start, **into)
+
+        def collect(cursor, wanted, start, *into):
+            self.careful.append((start, len(wanted)))
+            return one_by_one(cursor, wanted, start, *into)
+
+        monkeypatch.setattr(lmdb_cursors, "_read_run", walk)
+        monkeypatch.setattr(lmdb_cursors, "_collect_one_by_one", collect)
+
+    def announce(self, who, keys, page=0):
+        records = make_records(self.owners[who], 0, page + np.arange(len(keys)), np.full(len(keys), 2, np.uint64))
+        assert self.registry.announce(DIGEST, self.epoch, keys, records)
+
+    def lookup(self, keys):
+        self.walked.clear()
+        self.careful.clear()
+        return self.registry.lookup(DIGEST, keys)
+
+
+@pytest.fixture
+def world(registry, monkeypatch):
+    world = World(registry, monkeypatch)
+    yield world
+    for owner in world.owners:
+        registry.release_owner(owner)
+
+
+KEYS = block_keys(chain(LENGTH, 0))
+
+
+def test_whole_runs_are_read_at_once_and_others_are_walked(world):
+    world.announce(0, KEYS[:-1], page=7)
+    found = world.lookup(KEYS)
+    assert (found.blocks, found.records["page"].tolist()) == (LENGTH - 1, [*range(7, 7 + LENGTH - 1)])
+    assert world.walked == [2 * RUN_BLOCKS]
+    assert world.lookup(KEYS[5:]).records["page"].tolist() == [*range(12, 7 + LENGTH - 1)]
+    assert world.walked == [0, 2 * RUN_BLOCKS - 5]
+    assert world.lookup(KEYS[: RUN_BLOCKS + 9]).blocks == RUN_BLOCKS + 9
+    assert world.walked == [RUN_BLOCKS]
+    world.announce(1, KEYS)
+    found = world.lookup(KEYS)
+    assert world.walked == [2 * RUN_BLOCKS]
+    assert found.records["owner"].tolist() == [*world.owners[:2] * (LENGTH - 1), world.owners[1]]
+    assert found.records["block"].tolist() == [*np.repeat(np.arange(LENGTH - 1), 2).tolist(), LENGTH - 1]
+
+
+def test_a_run_that_somebody_has_a_part_of_is_walked(world):
+    world.announce(0, KEYS)
+    world.announce(1, KEYS[RUN_BLOCKS + 3 : RUN_BLOCKS + 4], page=900)
+    found = world.lookup(KEYS)
+    assert (found.blocks, len(found.records)) == (LENGTH, LENGTH + 1)
+    assert world.walked == [RUN_BLOCKS]
+    assert world.careful == [(RUN_BLOCKS + 3, RUN_BLOCKS - 3)]
+
+
+def test_a_fork_of_a_run_is_walked(world):
+    fork = block_keys(chain(RUN_BLOCKS + 3, 1))
+    world.announce(0, KEYS)
+    world.announce(1, fork, page=500)
+    found = world.lookup(KEYS)
+    assert (found.blocks, world.walked) == (LENGTH, [RUN_BLOCKS])
+    assert len(found.records) == LENGTH + RUN_BLOCKS + 3
+
+
+def test_an_owner_with_two_forks_of_a_run_keeps_what_they_share_where_it_said_last(world):
+    fork = block_keys(chain(RUN_BLOCKS + 3, 1))
+    world.announce(0, KEYS)
+    world.announce(0, fork, page=500)
+    pages = [*range(500, 500 + RUN_BLOCKS + 3), *range(RUN_BLOCKS + 3, LENGTH)]
+    assert world.lookup(KEYS).records["page"].tolist() == pages
+
+
+def test_both_forks_in_one_announcement(world):
+    fork = block_keys(chain(RUN_BLOCKS + 3, 1))
+    world.announce(0, [*KEYS, *fork])
+    pages = [*range(LENGTH, LENGTH + RUN_BLOCKS + 3), *range(RUN_BLOCKS + 3, LENGTH)]
+    assert world.lookup(KEYS).records["page"].tolist() == pages
+
+
+def test_a_block_that_is_announced_twice_at_once_is_where_it_was_said_last(world):
+    world.announce(0, [*KEYS, KEYS[3]])
+    assert world.lookup(KEYS).records["page"].tolist() == [0, 1, 2, LENGTH, *range(4, LENGTH)]
+
+
+def test_runs_in_a_row_of_different_prefixes_are_each_read_at_once(world):
+    other = block_keys(chain(0, 1))
+    world.announce(0, [*KEYS, *other])
+    for number, keys in enumerate((KEYS, other)):
+        assert world.lookup(keys).records["page"].tolist() == [*range(number * LENGTH, (number + 1) * LENGTH)]
+        assert world.walked == []
+
+
+def test_announced_anew_a_run_is_read_at_once_and_withdrawn_in_part_no_more(world):
+    world.announce(0, KEYS)
+    world.announce(0, KEYS, page=500)
+    assert world.lookup(KEYS).records["page"].tolist() == [*range(500, 500 + LENGTH)]
+    assert world.walked == []
+    world.registry.withdraw(DIGEST, world.owners[0], KEYS[40:41])
+    assert world.lookup(KEYS).blocks == 40
+    assert world.walked == [RUN_BLOCKS]
+    world.registry.withdraw(DIGEST, world.owners[0], KEYS)
+    assert entries(world.registry) == {"blocks": 0, "runs": 0, "stretches": 0}
+    world.announce(0, KEYS)
+    assert (world.lookup(KEYS).blocks, world.walked) == (LENGTH, [])
+
+
+def test_what_one_owner_withdraws_others_still_have_whole(world):
+    for who in range(2):
+        world.announce(who, KEYS, page=500 * who)
+    world.registry.withdraw(DIGEST, world.owners[0], KEYS)
+    assert world.lookup(KEYS).records["page"].tolist() == [*range(500, 500 + LENGTH)]
+    assert world.walked == []
+
+
+LATER = {"longer": lambda value: value + b"more", "more fields": lambda value: value[:16] + b"\x97" + value[17:]}
+
+
+@pytest.mark.parametrize("written", LATER.values(), ids=LATER.keys())
+def test_what_a_later_version_may_write_is_read_record_by_record(world, written):
+    world.announce(0, KEYS)
+    file = world.registry._file
+    with file.write() as txn:
+        cursor = txn.cursor(file.tables["stretches"])
+        assert cursor.first()
+        assert cursor.put(cursor.key(), written(cursor.value()))
+    found = world.lookup(KEYS)
+    assert (found.blocks, found.records["page"].tolist()) == (LENGTH, [*range(LENGTH)])
+    assert world.walked
+
+
+def test_a_new_epoch_leaves_nothing_of_the_old_one(world):
+    world.announce(0, KEYS)
+    world.registry.bump_epoch(DIGEST)
+    world.registry._sweep_keys = 5
+    world.registry.sweep()
+    left = entries(world.registry)
+    assert (left["blocks"], left["stretches"]) == (0, 0)
