@@ -4,10 +4,12 @@ Replicas of a random Llama shape (bfloat16): A and B with the connector, P and Q
 A and P run on the card of the source, B and Q on the other, if there is another; each sees its own card alone, or both.
 Decoding runs as CUDA graphs, so that a step is what the card takes and not what the host does; where that does not
 start, or with --eager, it does not. Prompt by prompt and interleaved, each of 64 answer tokens: P, Q and A compute the
-prompt (A publishes), B fetches it, then everybody asks again and hits its own cache. Then all decode after a short
-prompt, for what publishing costs a step, and last A, or P and Q for comparison, decode while B fetches. Medians, and
-ratios of medians; Q against P is what replicas differ without any connector. With --shape 8b the weights are vLLM's
-own dummies: times only, its tokens say nothing. The last line is JSON.
+prompt (A publishes), B fetches it, then everybody, B first, asks again and hits its own cache. Then all decode after a
+short prompt, for what publishing costs a step, and last A, or P and Q for comparison, decode while B fetches. Medians,
+and ratios of medians; Q against P is what replicas differ without any connector. Hosts slow down by half for
+seconds, so the aim for the first token (1.15 x local hit + 3 ms) and the publisher are also compared prompt by prompt,
+and steps round by round. With --shape 8b the weights are vLLM's own dummies: times only, its tokens say nothing. The
+last line is JSON.
 
     python bench/vllm_gpu.py [--shape 1b|8b] [--eager] [--prompts 12] [--prefix 15000] [--quick]
                              [--card 0 --source-card 1 [--hide]]
@@ -120,7 +122,7 @@ def play(replicas: dict[str, Replica], seed: int, prefix: int, size: ModelSize) 
         played[f"{name} cold"] = answer(replicas[name], prompt, ANSWER_TOKENS)
     wait_announced(replicas["A"], before + len(prompt) // BLOCK_SIZE)
     played["B fetched"] = answer(replicas["B"], prompt, ANSWER_TOKENS)
-    for name in (*order, "B"):
+    for name in ("B", *order):  # B first: what it is compared with is measured in the same moment
         played[f"{name} local"] = answer(replicas[name], prompt, ANSWER_TOKENS)
     return played
 
@@ -195,15 +197,37 @@ def summary(answers: Answers, busy: dict[str, list[float]], steady: dict[str, li
         "fetched_over_local_ttft": round(ttft["B fetched"] / ttft["B local"], 3),
         "fetched_minus_local_ttft_ms": round(ttft["B fetched"] - ttft["B local"], 3),
         "aim_ttft_ms": round(1.15 * ttft["B local"] + 3, 3),
+        **paired(answers["B fetched"], answers["B local"]),
         "cold_over_fetched_ttft": round(ttft["P cold"] / ttft["B fetched"], 3),
         "total_over_plain_cold": {name: round(each / total["P cold"], 4) for name, each in total.items()},
         "publisher_over_plain_cold_ttft": round(ttft["A cold"] / ttft["P cold"], 4),
+        "paired_cold_total_over_plain": {
+            name: over([each.total_s for each in answers[f"{name} cold"]], [each.total_s for each in answers["P cold"]])
+            for name in steady
+        },
         "steady_step_ms": steps,
         "steady_step_over_plain": {name: round(each / steps["P"], 4) for name, each in steps.items()},
+        "paired_step_over_plain": {name: over(each, steady["P"]) for name, each in steady.items()},
         "while_b_fetches_ms": {name: median_ms(values) for name, values in busy.items()},
         "identical_fetched_and_local_hit": f"{sum(same)}/{len(same)}",
         "identical_control_cold_and_local_hit_without_connector": f"{sum(control)}/{len(control)}",
         "external_tokens": min(each.external_tokens or 0 for each in answers["B fetched"]),
+    }
+
+
+def over(values: list[float], reference: list[float]) -> float:
+    """Return the median of ratios, pair by pair."""
+    return round(statistics.median(a / b for a, b in zip(values, reference, strict=True)), 4)
+
+
+def paired(fetched: list[Generation], local: list[Generation]) -> dict[str, Any]:
+    """Compare each fetched first token with the local hit of the same prompt right behind it; return medians."""
+    pairs = [(a.ttft_s, b.ttft_s) for a, b in zip(fetched, local, strict=True)]
+    over_aim = statistics.median(a / (1.15 * b + 3e-3) for a, b in pairs)
+    return {
+        "paired_fetched_minus_local_ms": median_ms(a - b for a, b in pairs),
+        "paired_fetched_over_aim": round(over_aim, 3),
+        "pairs_within_aim": f"{sum(a <= 1.15 * b + 3e-3 for a, b in pairs)}/{len(pairs)}",
     }
 
 
