@@ -9,7 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +46,10 @@ BATCH_PAGES = 256
 """Pages announced per registry transaction."""
 QUEUE_MAX = 1024
 """Batches waiting for the announcing thread; more are dropped and counted, they are only lost hits."""
+
+
+def _always() -> bool:
+    return True
 
 
 class Publisher:
@@ -171,13 +177,19 @@ class Publisher:
         current = self._region.generations.values[job.pages] == job.generations
         self._drop(job.pages[current])
 
-    def retract(self, pages: Sequence[int]) -> None:
-        """Make `pages` unreadable before they are overwritten or freed. Pages that were not offered are fine."""
+    def retract(self, pages: Sequence[int], *, delay_s: float = 0.0) -> None:
+        """Make `pages` unreadable before they are overwritten or freed. Pages that were not offered are fine.
+
+        Args:
+            pages: unreadable when this returns.
+            delay_s: their records are withdrawn so many seconds later, unless they are offered again: that takes this
+                process's time, and whoever finds a record meanwhile sees that it is stale.
+        """
         with self._lock:
             numbers = self._region.page_numbers(pages)
             keys = self._drop(numbers)
             if keys and not self._closed:
-                self._put(Job(keys, numbers, None))
+                self._put(Job(keys, numbers, None, after=_always if delay_s else None, delay_s=delay_s))
 
     def forget_all(self, epoch: int | None = None) -> None:
         """Make every page unreadable and drop what was offered; `epoch` is the namespace's from now on."""
@@ -206,9 +218,8 @@ class Publisher:
     def _drop(self, pages: np.ndarray) -> list[bytes]:
         """Make pages unreadable and return the keys that they were offered as. The lock is held."""
         self._region.generations.invalidate(pages)
-        keys = [key for page in pages.tolist() if (key := self._key_of.pop(page, None)) is not None]
-        for key in keys:
-            del self._page_of[key]
+        keys = [*filter(None, map(self._key_of.pop, pages.tolist(), repeat(None)))]  # a prompt's worth at once
+        deque(map(self._page_of.pop, keys), maxlen=0)
         return keys
 
     def _drop_all(self) -> None:
@@ -265,7 +276,8 @@ class Publisher:
             jobs, stop = self._collect()
             ended = [(job, False) for job in self._pending.take_all()] if stop else self._pending.take_ended()
             for job, well in ended:
-                self._settle(job, ended=well)
+                if job.generations is not None:
+                    self._settle(job, ended=well)
                 jobs.append(job)
             self._work(jobs)
             if not stop and self._backlog.wait_s == 0:

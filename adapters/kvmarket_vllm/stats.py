@@ -86,8 +86,10 @@ class Deltas:
     def add(self, **amounts: float) -> None:
         """Add to counters of `COUNTERS`."""
         with self._lock:
-            self.pending.update(amounts)
-            self.totals.update(amounts)
+            pending, totals = cast("dict[str, float]", self.pending), cast("dict[str, float]", self.totals)
+            for name, amount in amounts.items():  # `Counter.update` takes several times as long, for few
+                pending[name] += amount
+                totals[name] += amount
 
     def add_labelled(self, name: str, value: str, amount: float = 1) -> None:
         """Add to a counter of `LABELLED`, under a value of its label."""

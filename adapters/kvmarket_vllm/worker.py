@@ -48,11 +48,19 @@ _COUNTED_BY = ("blocks_refused{", "transport_bytes{", "path_bytes{")
 FETCHED_LATER_S = 0.1
 """What requests found in their blocks is offered this much later, on a card: digesting and announcing it takes the
 engine's time while others wait for their first tokens, and whom it came from has it still."""
+RETRACTED_LATER_S = 0.1
+"""Records of what a step overwrites are withdrawn this much later: a request that begins may overwrite a thousand
+blocks, and withdrawing them takes the engine's time while it waits for its load and its first token."""
 FEW_BLOCKS, FEW_TOGETHER_S = 16, 0.1
 """On a card, what steps complete of so few blocks, as in decoding, is offered together, ten times a second: each time
 takes the engine's time, and nobody asks for the end of an answer that soon."""
 _COUNTED = ("blocks_announced", "announcements_failed", "announcements_dropped", "blocks_verified")
 _COUNTED_KEPT = ("disk_blocks_written", "disk_blocks_promoted", "disk_errors")
+
+
+def _until_next(period_s: float) -> float:
+    """Return the seconds to the next multiple of a period: what is due then is done together."""
+    return period_s - time.monotonic() % period_s
 
 
 class _Market:
@@ -209,7 +217,7 @@ class WorkerRole:
             market.publisher.forget_all()
             self._fetched.forget_digests()
         if plan.dirty:
-            market.publisher.retract(plan.dirty)
+            market.publisher.retract(plan.dirty, delay_s=RETRACTED_LATER_S + _until_next(FEW_TOGETHER_S))
             self.deltas.add(blocks_retracted=len(plan.dirty))
 
     def start_loads(self, plan: StepPlan) -> None:
@@ -248,7 +256,7 @@ class WorkerRole:
     def _offer_computed(self, publisher: Publisher, keys: tuple[bytes, ...], pages: tuple[int, ...]) -> None:
         """Offer what the engine has launched."""
         self._fetched.computed(pages)
-        soon_s = FEW_TOGETHER_S - time.monotonic() % FEW_TOGETHER_S if len(pages) <= FEW_BLOCKS else 0.0
+        soon_s = _until_next(FEW_TOGETHER_S) if len(pages) <= FEW_BLOCKS else 0.0
         publisher.offer(keys, pages, after=launched_work(), delay_s=soon_s)
 
     def _offer_held(self, publisher: Publisher, keys: tuple[bytes, ...], pages: tuple[int, ...]) -> None:

@@ -58,12 +58,13 @@ class PublisherMachine(RuleBasedStateMachine):
         self.lost = set()
         self.outdated = False
 
-    @rule(key=st.sampled_from(KEYS), page=pages)
-    def compute_and_offer(self, key, page):
-        """What an engine does: free a page, compute into it, offer it."""
+    @rule(key=st.sampled_from(KEYS), page=pages, delay_s=st.sampled_from((0.0, 0.002)))
+    def compute_and_offer(self, key, page, delay_s):
+        """What an engine does: free a page, compute into it, offer it, maybe before the old record is withdrawn."""
         if key in self.offered:
             return
-        self.retract([page])
+        self.publisher.retract([page], delay_s=delay_s)
+        self.offered = {other: where for other, where in self.offered.items() if where != page}
         self.bytes[page] = key[0]
         self.publisher.offer([key], [page])
         self.offered[key] = page
@@ -81,9 +82,9 @@ class PublisherMachine(RuleBasedStateMachine):
             self.publisher.offer([key], [page])
             self.settle()
 
-    @rule(freed=st.lists(pages, max_size=4))
-    def retract(self, freed):
-        self.publisher.retract(freed)
+    @rule(freed=st.lists(pages, max_size=4), delay_s=st.sampled_from((0.0, 0.002)))
+    def retract(self, freed, delay_s=0.0):
+        self.publisher.retract(freed, delay_s=delay_s)
         for page in freed:
             self.bytes[page] = 255
         self.offered = {key: page for key, page in self.offered.items() if page not in freed}

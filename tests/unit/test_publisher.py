@@ -95,6 +95,45 @@ def test_a_block_that_moved_before_its_turn_is_announced_where_it_is(registry, p
     assert KEYS[1] not in registry.withdrawn, "the newer record is not withdrawn for the older page"
 
 
+def test_what_is_retracted_for_later_is_unreadable_at_once_and_withdrawn_then(registry, publisher):
+    registry.gate.set()
+    publisher.offer(KEYS[:3], [0, 1, 2])
+    publisher.flush(Deadline(10))
+    began = time.monotonic()
+    publisher.retract([1, 2], delay_s=0.3)
+    assert (publisher._region.generations.values[:3] % 2).tolist() == [0, 1, 1]
+    assert publisher.page_of(KEYS[1]) is None
+    time.sleep(0.05)
+    assert found(registry) == KEYS[:3]
+    assert publisher.waiting["announce_queue"] == 1
+    publisher.flush(Deadline(10))
+    assert time.monotonic() - began >= 0.3
+    assert found(registry) == KEYS[:1]
+    assert sorted(registry.withdrawn) == KEYS[1:3]
+
+
+def test_what_is_offered_again_before_its_record_is_withdrawn_keeps_the_new_one(registry, publisher):
+    registry.gate.set()
+    publisher.offer(KEYS[:3], [0, 1, 2])
+    publisher.flush(Deadline(10))
+    publisher.retract([1, 2], delay_s=0.1)
+    publisher.offer([KEYS[1]], [4])
+    publisher.flush(Deadline(10))
+    assert int(registry.lookup(NAMESPACE.digest, [KEYS[1]]).records["page"][0]) == 4
+    assert found(registry) == KEYS[:2]
+    assert registry.withdrawn == [KEYS[2]]
+
+
+def test_a_publisher_that_closes_does_not_wait_for_what_is_retracted_for_later(registry, publisher):
+    registry.gate.set()
+    publisher.offer(KEYS[:2], [0, 1])
+    publisher.flush(Deadline(10))
+    publisher.retract([0], delay_s=60)
+    began = time.monotonic()
+    publisher.close()
+    assert time.monotonic() - began < 5
+
+
 def test_forgetting_reaches_what_waits(registry, publisher, busy):
     publisher.offer(KEYS[1:3], [1, 2])
     publisher.forget_all()
