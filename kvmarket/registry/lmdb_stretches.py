@@ -46,17 +46,21 @@ def read_stretches(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> list
         keys: of all blocks of the run.
     """
     run = prefix + keys[0][:HEAD_BYTES]
-    if not cursor.set_range(run):
+    found = cursor.set_range(run)
+    if not found:
         return []
     last, digest = keys[-1][KEY_HEAD_BYTES:], _digest(keys)
-    at, found = len(run) + len(_MIXED), list[bytes]()
-    for key, value in cursor.iternext():
+    at, records = len(run) + len(_MIXED), list[bytes]()
+    while found:
+        key = cursor.key()
         if not key.startswith(run):
             break
-        if key[at:] != last or not value.startswith(digest) or len(value) != _VALUE_BYTES:
+        value = cursor.value() if key[at:] == last else b""
+        if not value.startswith(digest) or len(value) != _VALUE_BYTES:
             return []
-        found.append(value[_DIGEST_BYTES:])
-    return found
+        records.append(value[_DIGEST_BYTES:])
+        found = cursor.next()
+    return records
 
 
 def interleaved(found: list[bytes]) -> bytes:
