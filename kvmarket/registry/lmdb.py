@@ -211,15 +211,14 @@ class LmdbRegistry(Registry):
             blocks, runs = txn.cursor(self.table("blocks")), txn.cursor(self.table("runs"))
             seen: set[tuple[bytes, bytes]] = set()
             replaced: set[tuple[bytes, bytes]] = set()
-            values = encode_records(records)
-            for key, value in zip(keys, values, strict=True):
+            for key, value in zip(keys, encode_records(records), strict=True):
                 full, owner_key = prefix + key, value[OWNER_AT]
                 place = (owner_key, full[: _U32 + HEAD_BYTES])
                 if delete_record(blocks, full, owner_key):
                     replaced.add(place)
                 blocks.put(full, value)
                 seen.add(place)
-            announce_stretches(txn.cursor(self.table("stretches")), prefix, keys, values, replaced)
+            announce_stretches(txn.cursor(self.table("stretches")), prefix, keys, records, replaced)
             for owner_key, run in seen:
                 runs.put(owner_key, run, dupdata=False)
         return True

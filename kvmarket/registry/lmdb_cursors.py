@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmarket.registry.lmdb_stretches import interleaved, read_stretches, withdraw_stretches
-from kvmarket.registry.records import (
-    OWNER_AT,
-    RECORD_BYTES,
-    RUN_BLOCKS,
-    blocks_to_run_end,
-    decode_records,
-    decode_wire,
-)
+from kvmarket.registry.lmdb_stretches import Stretch, read_stretches, records_of, withdraw_stretches
+from kvmarket.registry.records import OWNER_AT, RECORD, RUN_BLOCKS, blocks_to_run_end, decode_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +17,7 @@ if TYPE_CHECKING:
 
 Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
+NO_RECORDS: BlockRecords = np.empty(0, RECORD)
 
 
 def read_records(
@@ -42,31 +36,23 @@ def read_records(
     """
     blocks: list[int] = []
     values: list[bytes] = []
-    start = whole = 0
+    whole: list[Stretch] = []
+    start = 0
     while start < len(keys):
         end = min(start + blocks_to_run_end(keys[start]), len(keys))
-        found = read_stretches(stretches, prefix, keys[start:end]) if stretches and end - start == RUN_BLOCKS else []
-        if found:
-            values.append(interleaved(found))
-            blocks += _repeated(range(start, end), len(found))
-            whole += 1
-        elif not _read_run(cursor, prefix, keys[start:end], start=start, blocks=blocks, values=values):
+        run = keys[start:end]
+        at_once = stretches is not None and len(run) == RUN_BLOCKS
+        found = read_stretches(stretches, prefix, run, start) if at_once else []
+        whole += found
+        if not found and not _read_run(cursor, prefix, run, start=start, blocks=blocks, values=values):
             break
         start = end
-    one_each = bool(blocks) and blocks[-1] + 1 == len(keys) == len(blocks)
-    places = np.arange(len(keys)) if one_each else blocks
-    if not whole:
-        records = decode_records(places, values)
-        return records, one_each and len(records) == len(keys)
-    data = np.frombuffer(b"".join(values), np.uint8)
-    decoded = decode_wire(places, data.reshape(-1, RECORD_BYTES)) if len(data) == RECORD_BYTES * len(blocks) else None
-    if decoded is None:  # some are of a later version
-        return read_records(cursor, prefix, keys)
-    return decoded, one_each
-
-
-def _repeated(blocks: range, times: int) -> Sequence[int]:
-    return blocks if times == 1 else np.repeat(np.arange(blocks.start, blocks.stop), times).tolist()
+    if whole:
+        records = records_of(whole, decode_records(blocks, values) if values else NO_RECORDS)
+        return records, start == len(keys) == len(records) == len(values) + RUN_BLOCKS * len(whole)
+    one_each = bool(blocks) and blocks[-1] + 1 == len(keys) == len(values)
+    records = decode_records(np.arange(len(keys)) if one_each else blocks, values)
+    return records, one_each and len(records) == len(keys)
 
 
 def _read_run(
@@ -88,7 +74,7 @@ def _read_run(
     run = keys if owners == 1 else [key for key in keys for _ in range(owners)]
     if b"".join(items[::2]) == prefix + prefix.join(run):
         values += items[1::2]
-        blocks += _repeated(range(start, end), owners)
+        blocks += range(start, end) if owners == 1 else np.repeat(np.arange(start, end), owners).tolist()
         while cursor.next_dup():  # more owners of the last one
             values.append(cursor.value())
             blocks.append(end - 1)

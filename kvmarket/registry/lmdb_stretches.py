@@ -5,77 +5,116 @@ for a run only where nothing else is known of it, so that a look-up finds the sa
 in pieces, or partly withdrawn, is marked as mixed, and read record by record from then on. All stretches of a run must
 be of the blocks that are asked for: others are forks of the prefix, which may share blocks with it.
 
-Keys are ``epoch (4) | head (8) | owner (4) | hash of the last block``, and the mark is behind all owners. Values are a
-digest of the run's keys and its records one behind the other.
+Keys are ``epoch (4) | head (8) | owner (4) | hash of the last block``, and the mark is behind all owners. Values are
+msgpack: version, region, a digest of the run's keys, and `ROW` for each block; a later minor version may append fields.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgpack
 import numpy as np
 import xxhash
 
 from kvmarket.registry.records import (
     HEAD_BYTES,
     KEY_HEAD_BYTES,
-    OWNER_AT,
-    RECORD_BYTES,
+    MAJOR,
+    RECORD,
     RUN_BLOCKS,
     block_index,
     blocks_to_run_end,
+    concatenate,
+    rearranged,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from kvmarket.registry.records import BlockRecords
+
 Cursor = Any
 """An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
+ROW = np.dtype([("page", "<u4"), ("generation", "<u8"), ("digest", "V16")])
 _MIXED = b"\xff\xff\xff\xff"
 """No owner's number."""
-_DIGEST_BYTES = 16
-_VALUE_BYTES = _DIGEST_BYTES + RUN_BLOCKS * RECORD_BYTES
+_FIELDS, _REGION_MAX, _ROWS_BYTES = 4, 0xFFFF, RUN_BLOCKS * ROW.itemsize
 
 
-def read_stretches(cursor: Cursor, prefix: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    """Return every owner's records of a run, owner by owner; nothing where it must be read record by record.
+class Stretch(NamedTuple):
+    """What an owner announced of a run, the first block of which is `start` here."""
+
+    start: int
+    owner: int
+    region: int
+    rows: bytes
+
+
+def read_stretches(cursor: Cursor, prefix: bytes, keys: Sequence[bytes], start: int) -> list[Stretch]:
+    """Return what every owner announced of a run, by owner; nothing where it must be read record by record.
 
     Args:
         cursor: of the stretches.
         prefix: the epoch.
         keys: of all blocks of the run.
+        start: the number of its first block, for the answer.
     """
     run = prefix + keys[0][:HEAD_BYTES]
     found = cursor.set_range(run)
     if not found:
         return []
     last, digest = keys[-1][KEY_HEAD_BYTES:], _digest(keys)
-    at, records = len(run) + len(_MIXED), list[bytes]()
+    owner_at, hash_at, stretches = len(run), len(run) + len(_MIXED), list[Stretch]()
     while found:
         key = cursor.key()
         if not key.startswith(run):
             break
-        value = cursor.value() if key[at:] == last else b""
-        if not value.startswith(digest) or len(value) != _VALUE_BYTES:
+        fields = _unpacked(cursor.value()) if key[hash_at:] == last else None
+        if fields is None or fields[2] != digest:
             return []
-        records.append(value[_DIGEST_BYTES:])
+        owner = int.from_bytes(key[owner_at:hash_at], "big")
+        stretches.append(Stretch(start, owner, fields[1], fields[3]))
         found = cursor.next()
+    return stretches
+
+
+def _unpacked(value: bytes) -> list[Any] | None:
+    """Return the fields of a value, or None where it is none that this version can use."""
+    try:
+        fields = msgpack.unpackb(value)
+    except (ValueError, msgpack.exceptions.UnpackException):
+        return None
+    if not isinstance(fields, list) or len(fields) < _FIELDS or fields[0] != MAJOR:
+        return None
+    good = type(fields[1]) is int and 0 <= fields[1] <= _REGION_MAX
+    return fields if good and isinstance(fields[3], bytes) and len(fields[3]) == _ROWS_BYTES else None
+
+
+def records_of(stretches: Sequence[Stretch], others: BlockRecords) -> BlockRecords:
+    """Return the records of `stretches`, of which there is one or more, and all `others`, sorted by block and owner."""
+    starts = np.fromiter((stretch.start for stretch in stretches), np.int64, len(stretches))
+    rows = np.frombuffer(b"".join([stretch.rows for stretch in stretches]), ROW)
+    records = np.empty(len(rows), RECORD)
+    records["block"] = (starts[:, None] + np.arange(RUN_BLOCKS)).reshape(-1)
+    for name in ("owner", "region"):
+        values = np.fromiter((getattr(stretch, name) for stretch in stretches), np.int64, len(stretches))
+        records[name] = np.repeat(values, RUN_BLOCKS)
+    for name in ("page", "generation", "digest"):
+        records[name] = rows[name]
+    if len(others):
+        records = concatenate([records, others])
+    blocks = records["block"]
+    if (blocks[1:] <= blocks[:-1]).any():  # each stretch is by owner, and so are those of one run
+        records = rearranged(records, np.argsort(blocks, kind="stable"))
     return records
-
-
-def interleaved(found: list[bytes]) -> bytes:
-    """Return what `read_stretches` found block by block, the records of one block by owner."""
-    if len(found) == 1:
-        return found[0]
-    records = np.frombuffer(b"".join(found), np.uint8).reshape(len(found), RUN_BLOCKS, RECORD_BYTES)
-    return records.transpose(1, 0, 2).tobytes()
 
 
 def announce_stretches(
     cursor: Cursor,
     prefix: bytes,
     keys: Sequence[bytes],
-    values: Sequence[bytes],
+    records: BlockRecords,
     replaced: set[tuple[bytes, bytes]],
 ) -> None:
     """Enter whole runs among announced records; mark the runs of all others as mixed.
@@ -84,19 +123,24 @@ def announce_stretches(
         cursor: of the stretches.
         prefix: the epoch.
         keys: of the blocks.
-        values: their records.
+        records: theirs.
         replaced: (owner, run) of blocks that their owner had announced before.
     """
+    rows = np.empty(len(records), ROW)
+    for name in ("page", "generation", "digest"):
+        rows[name] = records[name]
+    data, places = rows.tobytes(), [key[:KEY_HEAD_BYTES] for key in keys]
+    owners, regions = records["owner"].tolist(), records["region"].tolist()
     mixed: set[bytes] = set()
     start = 0
     while start < len(keys):
-        run, end = prefix + keys[start][:HEAD_BYTES], start + RUN_BLOCKS
-        owner = values[start][OWNER_AT]
-        if _is_whole(keys[start:end], values[start:end]):
+        run, end, owner = prefix + places[start][:HEAD_BYTES], start + RUN_BLOCKS, owners[start].to_bytes(4, "big")
+        if places[start:end] == _places(keys[start]) and len({*owners[start:end]}) == len({*regions[start:end]}) == 1:
             key = run + owner + keys[end - 1][KEY_HEAD_BYTES:]
             if (owner, run) in replaced and _drop(cursor, run + owner, keep=key):
                 mixed.add(run)  # what it had there of another fork is in no stretch any more
-            cursor.put(key, _digest(keys[start:end]) + b"".join(values[start:end]))
+            rows_of = data[start * ROW.itemsize : end * ROW.itemsize]
+            cursor.put(key, msgpack.packb([MAJOR, regions[start], _digest(keys[start:end]), rows_of]))
             start = end
         else:
             mixed.add(run)
@@ -126,14 +170,12 @@ def _digest(keys: Sequence[bytes]) -> bytes:
     return xxhash.xxh3_128_digest(b"".join(keys))
 
 
-def _is_whole(keys: Sequence[bytes], values: Sequence[bytes]) -> bool:
-    """Tell whether these are all blocks of one run, in order, of one owner."""
-    if len(keys) < RUN_BLOCKS or blocks_to_run_end(keys[0]) != RUN_BLOCKS:
-        return False
-    head, first, owner = keys[0][:HEAD_BYTES], block_index(keys[0]), values[0][OWNER_AT]
-    places = [head + number.to_bytes(KEY_HEAD_BYTES - HEAD_BYTES, "big") for number in range(first, first + RUN_BLOCKS)]
-    of_owner = all(value[OWNER_AT] == owner and len(value) == RECORD_BYTES for value in values)
-    return of_owner and [key[:KEY_HEAD_BYTES] for key in keys] == places
+def _places(first: bytes) -> list[bytes]:
+    """Return how the keys of a run begin whose first one this is; nothing if it is not the first of a run."""
+    if blocks_to_run_end(first) != RUN_BLOCKS:
+        return []
+    head, index = first[:HEAD_BYTES], block_index(first)
+    return [head + number.to_bytes(KEY_HEAD_BYTES - HEAD_BYTES, "big") for number in range(index, index + RUN_BLOCKS)]
 
 
 def _drop(cursor: Cursor, prefix: bytes, keep: bytes = b"") -> bool:

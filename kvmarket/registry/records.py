@@ -221,6 +221,12 @@ def concatenate(parts: Sequence[BlockRecords]) -> BlockRecords:
     return records
 
 
+def rearranged(records: BlockRecords, rows: np.ndarray) -> BlockRecords:
+    """Return records in another order, as opaque items like `concatenate`."""
+    taken: BlockRecords = records.view(_OPAQUE)[rows].view(RECORD)
+    return taken
+
+
 def next_run(records: BlockRecords, first: int, excluded: set[int]) -> BlockRecords | None:
     """Return the records of the longest run from block `first` on that one region of one owner serves."""
     if not first and not excluded and _of_one_region(records):
