@@ -1,5 +1,6 @@
 #!/bin/sh
-# Run all GPU tests on a GPU host, where nothing may be skipped; the runner's closing line comes last.
+# Run all GPU tests on a GPU host, where nothing may be skipped but what needs two cards and finds one; the runner's
+# closing line comes last.
 #     scripts/gpu_tests.sh [pytest options, e.g. --stress-s 60]
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH="$PWD:$PWD/adapters${PYTHONPATH:+:$PYTHONPATH}"
