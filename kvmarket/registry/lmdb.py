@@ -209,18 +209,19 @@ class LmdbRegistry(Registry):
                     raise RegistryProtocolError(f"owner {owner} is not registered")
             prefix = _u32(epoch)
             blocks, runs = txn.cursor(self.table("blocks")), txn.cursor(self.table("runs"))
-            seen: set[tuple[bytes, bytes]] = set()
+            fresh: dict[tuple[bytes, bytes], bool] = {}
             replaced: set[tuple[bytes, bytes]] = set()
+            entered: set[bytes] = set()
             for key, value in zip(keys, encode_records(records), strict=True):
                 full, owner_key = prefix + key, value[OWNER_AT]
                 place = (owner_key, full[: _U32 + HEAD_BYTES])
-                if delete_record(blocks, full, owner_key):
+                if place not in fresh:  # an owner without any block in the run has none to replace
+                    fresh[place] = runs.put(*place, dupdata=False)
+                if (not fresh[place] or full in entered) and delete_record(blocks, full, owner_key):
                     replaced.add(place)
                 blocks.put(full, value)
-                seen.add(place)
+                entered.add(full)
             announce_stretches(txn.cursor(self.table("stretches")), prefix, keys, records, replaced)
-            for owner_key, run in seen:
-                runs.put(owner_key, run, dupdata=False)
         return True
 
     def withdraw(self, digest: bytes, owner: int, keys: Sequence[bytes]) -> int:
