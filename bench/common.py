@@ -21,6 +21,7 @@ REST_S = 0.005
 """Between operations, so that each starts on an idle machine and not in the wake of the one before."""
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Awaitable, Callable, Sequence
 
     Operation = Callable[[], float | Awaitable[float]]
@@ -119,6 +120,15 @@ async def interleave(operations: dict[str, Operation], reference: Callable[[], f
         if number:
             samples.reference.append((before + reference()) / 2)
     return samples
+
+
+def parse_with_cards(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line with ``--card`` and ``--source-card``, which is the same card unless it is given."""
+    parser.add_argument("--card", type=int, default=0, help="of the reader (default 0)")
+    parser.add_argument("--source-card", type=int, help="of the owner (default: the reader's)")
+    options = parser.parse_args()
+    options.source_card = options.card if options.source_card is None else options.source_card
+    return options
 
 
 def finish(result: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from common import parse_with_cards
 from gpu_beside import beside, cost
 
 from kvmarket import Marketplace
@@ -324,11 +325,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="64 MiB and 3 rounds, to see that it runs")
     parser.add_argument("--peers", action="store_true", help="NIXL and ucxx beside it")
     parser.add_argument("--prefill", action="store_true", help="the prefill of the same tokens beside it")
-    parser.add_argument("--card", type=int, default=0, help="of the reader")
-    parser.add_argument("--source-card", type=int, default=None, help="of the owner; default: the reader's")
-    options = parser.parse_args()
-    options.source_card = options.card if options.source_card is None else options.source_card
-    return options
+    return parse_with_cards(parser)
 
 
 def require_cards(card: int, source_card: int) -> None:

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from common import parse_with_cards
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,9 +162,7 @@ def ucxx_reader(pipe: Any, card: int, source_card: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=("nixl", "ucxx"))
-    parser.add_argument("--card", type=int, default=0)
-    parser.add_argument("--source-card", type=int, default=0)
-    options = parser.parse_args()
+    options = parse_with_cards(parser)
     settle_environment()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import parse_with_cards
+
 from kvmarket.testing.shared_prefix import answer, carried_by, wait_announced
 from kvmarket.testing.tiny_models import TINY_MODEL, ModelSize, random_prompt, write_model
 from kvmarket.testing.vllm_gpu import BLOCK_SIZE, gpu_replica
@@ -249,15 +251,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--prompts", type=int, default=12, help="prompts (default 12)")
     parser.add_argument("--prefix", type=int, default=15_000, help="tokens of the prefix (default 15,000)")
-    parser.add_argument("--card", type=int, default=0, help="of the reader (default 0)")
-    parser.add_argument("--source-card", type=int, help="of the publisher (default: the reader's)")
     parser.add_argument("--hide", action="store_true", help="let each replica see its own card alone")
     parser.add_argument("--models", type=Path, help="directory that keeps the checkpoint for the next run")
     parser.add_argument("--logs", type=Path, help="directory for what the replicas print")
     parser.add_argument("--quick", action="store_true", help="the tiny model, a short prefix and three prompts")
-    options = parser.parse_args()
-    options.source_card = options.card if options.source_card is None else options.source_card
-    return options
+    return parse_with_cards(parser)
 
 
 def main() -> None:
