@@ -7,7 +7,7 @@ Readers take no lock and make no system call worth naming; writers take turns. T
     regions     owner (4) region (2)   -> descriptor
     namespaces  digest                 -> epoch and description
     blocks      epoch (4) block key    -> records, one per owner
-    stretches   epoch (4) run owner (4) -> the same for whole runs, see `lmdb_stretches`
+    stretches   epoch (4) head (8) owner (4) hash -> the same for whole runs, see `lmdb_stretches`
     runs        owner (4)              -> epoch (4) head (8) of every run the owner has blocks in, for fencing
     retired     epoch (4)              -> epochs whose blocks may be removed
 
@@ -297,7 +297,7 @@ class LmdbRegistry(Registry):
         self, txn: Transaction, epoch: int, keys: Sequence[bytes], living: dict[int, OwnerInfo]
     ) -> tuple[BlockRecords, int, str]:
         with txn.cursor(self.table("blocks")) as cursor, txn.cursor(self.table("stretches")) as stretches:
-            records, one_each = read_records(cursor, _u32(epoch), keys, stretches)
+            records, one_each = read_records(cursor, stretches, _u32(epoch), keys)
         dead = [owner for owner in distinct(records["owner"]) if not self._is_living(txn, owner, living)]
         if one_each and not dead:
             return records, len(keys), ""

@@ -20,16 +20,14 @@ Cursor = Any
 NO_RECORDS: BlockRecords = np.empty(0, RECORD)
 
 
-def read_records(
-    cursor: Cursor, prefix: bytes, keys: Sequence[bytes], stretches: Cursor = None
-) -> tuple[BlockRecords, bool]:
+def read_records(cursor: Cursor, stretches: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[BlockRecords, bool]:
     """Read the records of `keys`, which follow each other in one prefix, up to the first that has none.
 
     Args:
         cursor: of the blocks.
+        stretches: cursor of the stretches.
         prefix: the epoch.
         keys: of consecutive blocks.
-        stretches: of the stretches; None to read record by record.
 
     Returns:
         The records, sorted by block, and whether every key is known to have exactly one.
@@ -41,8 +39,7 @@ def read_records(
     while start < len(keys):
         end = min(start + blocks_to_run_end(keys[start]), len(keys))
         run = keys[start:end]
-        at_once = stretches is not None and len(run) == RUN_BLOCKS
-        found = read_stretches(stretches, prefix, run, start) if at_once else []
+        found = read_stretches(stretches, prefix, run, start) if len(run) == RUN_BLOCKS else []
         whole += found
         if not found and not _read_run(cursor, prefix, run, start=start, blocks=blocks, values=values):
             break
