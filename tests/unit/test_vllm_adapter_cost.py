@@ -12,10 +12,12 @@ from kvmarket.metrics import Metrics
 from kvmarket.outcome import Outcome
 from kvmarket.pending import Pending
 from kvmarket.publish_job import Job, digests_of
-from kvmarket.region.pages import PagedMemory
+from kvmarket.region.cuda import CudaPagedMemory
+from kvmarket.region.pages import PagedMemory, PageLayout
 from kvmarket.registry import LookupResult
 from kvmarket.registry.records import make_records
-from kvmarket_vllm import hook_time, worker
+from kvmarket.testing.host_cuda import HostCuda
+from kvmarket_vllm import card, hook_time, worker
 from kvmarket_vllm.connector import KVMarketConnector
 from kvmarket_vllm.fetched import Fetched
 from kvmarket_vllm.hook_time import HookTime, timed
@@ -267,3 +269,30 @@ def test_a_block_computed_where_another_was_fetched_is_not_offered_with_its_dige
         ([b"y"], [8], [b"8"]),
         ([b"z"], [7], None),
     ]
+
+
+# ---- what a worker does with what the engine has launched
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_load_waits_for_what_the_engine_has_launched_if_any_of_it_is_left(monkeypatch, busy):
+    stream = SimpleNamespace(query=lambda: not busy, record_event=lambda: "event")
+    monkeypatch.setattr(card.torch.cuda, "current_stream", lambda: stream)
+    layout = PageLayout.packed(2, 16)
+    pages = CudaPagedMemory(layout, (np.zeros(32, np.uint8),), HostCuda())
+    behind = card.behind_launched_work(pages)
+    assert behind.after == ("event" if busy else None)
+    assert (behind is pages) == (not busy)
+    assert behind.memories is pages.memories
+
+
+def test_what_a_step_overwrites_is_unreadable_before_it_and_withdrawn_with_others_later(monkeypatch, on_card):
+    connector, _ = on_card
+    retracted = []
+    publisher = SimpleNamespace(retract=lambda pages, *, delay_s: retracted.append((pages, delay_s)))
+    connector._worker._market = lambda root: SimpleNamespace(publisher=publisher, kept=None)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: 5.03)
+    connector._worker.before_forward(StepPlan(dirty=[3, 4]))
+    ((pages, delay_s),) = retracted
+    assert pages == [3, 4]
+    assert delay_s == pytest.approx(worker.RETRACTED_LATER_S + 0.07)
