@@ -65,17 +65,22 @@ def packed_cuda_pages(tensor: Any, spec: KVCacheSpec, what: str = "kv") -> CudaP
     return cuda_pages(PageLayout.packed(blocks, spec.page_bytes), [tensor], _recorded(tensor))
 
 
-def _recorded(tensor: Any) -> Any:
-    """Return an event behind everything that the caller's current stream of the tensor's card holds now.
+def event_behind(stream: Any) -> Any:
+    """Return an event behind everything that a stream of torch or cupy holds now, or None when that has ended already.
 
-    None when that has ended already: waiting for an event of another stream takes a card some 10 us, passed or not.
+    Waiting for an event of another stream takes a card some 10 us, passed or not.
     """
-    if hasattr(tensor, "is_cuda"):
-        stream = sys.modules["torch"].cuda.current_stream(tensor.device)
+    if hasattr(stream, "record_event"):  # torch's
         return None if stream.query() else stream.record_event()
-    with tensor.device:
-        stream = sys.modules["cupy"].cuda.get_current_stream()
-        return None if stream.done else stream.record()
+    return None if stream.done else stream.record()
+
+
+def _recorded(tensor: Any) -> Any:
+    """Return `event_behind` the caller's current stream of the tensor's card."""
+    if hasattr(tensor, "is_cuda"):
+        return event_behind(sys.modules["torch"].cuda.current_stream(tensor.device))
+    with tensor.device:  # an event is made on the card that is current
+        return event_behind(sys.modules["cupy"].cuda.get_current_stream())
 
 
 def cuda_bytes(tensor: Any) -> Any:

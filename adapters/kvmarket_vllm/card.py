@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvmarket.cuda import cuda_pages
+from kvmarket.cuda import cuda_pages, event_behind
 from kvmarket.region import PageLayout
 from kvmarket.region.cuda import CudaPagedMemory
 from kvmarket_vllm.layout import storage_layout
@@ -53,5 +53,5 @@ def behind_launched_work(pages: CudaPagedMemory) -> CudaPagedMemory:
 
     Mostly nothing of it is left when a load begins in a step without a forward: then nothing is recorded or waited for.
     """
-    stream = torch.cuda.current_stream()
-    return pages if stream.query() else replace(pages, after=stream.record_event())
+    after = event_behind(torch.cuda.current_stream())
+    return pages if after is None else replace(pages, after=after)

@@ -25,7 +25,6 @@ from kvmarket.metrics import Metrics
 from kvmarket.registry.base import LookupResult, NamespaceInfo, Registry, shown
 from kvmarket.registry.host import this_process
 from kvmarket.registry.lmdb_cursors import (
-    Cursor,
     count_prefix,
     delete_prefix,
     delete_record,
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvmarket.identity import OwnerInfo
-    from kvmarket.registry.lmdb_reading import Transaction
+    from kvmarket.registry.lmdb_reading import Cursor, Transaction
 
 SWEEP_KEYS_MAX = 20_000
 """Keys removed per write transaction of a sweep, so that a sweep never keeps other writers waiting for long."""

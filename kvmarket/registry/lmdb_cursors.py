@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmarket.registry.lmdb_stretches import Stretch, read_stretches, records_of, withdraw_stretches
-from kvmarket.registry.records import OWNER_AT, RECORD, RUN_BLOCKS, blocks_to_run_end, decode_records
+from kvmarket.registry.records import OWNER_AT, RUN_BLOCKS, blocks_to_run_end, decode_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvmarket.registry.lmdb_reading import Cursor
     from kvmarket.registry.records import BlockRecords
-
-Cursor = Any
-"""An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
-NO_RECORDS: BlockRecords = np.empty(0, RECORD)
 
 
 def read_records(cursor: Cursor, stretches: Cursor, prefix: bytes, keys: Sequence[bytes]) -> tuple[BlockRecords, bool]:
@@ -44,12 +41,12 @@ def read_records(cursor: Cursor, stretches: Cursor, prefix: bytes, keys: Sequenc
         if not found and not _read_run(cursor, prefix, run, start=start, blocks=blocks, values=values):
             break
         start = end
+    total = len(values) + RUN_BLOCKS * len(whole)
+    one_each = start == len(keys) == total
+    records = decode_records(np.arange(total) if one_each and not whole else blocks, values)
     if whole:
-        records = records_of(whole, decode_records(blocks, values) if values else NO_RECORDS)
-        return records, start == len(keys) == len(records) == len(values) + RUN_BLOCKS * len(whole)
-    one_each = bool(blocks) and blocks[-1] + 1 == len(keys) == len(values)
-    records = decode_records(np.arange(len(keys)) if one_each else blocks, values)
-    return records, one_each and len(records) == len(keys)
+        records = records_of(whole, records)
+    return records, one_each and len(records) == total
 
 
 def _read_run(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Transaction = Any
 """An `lmdb.Transaction`. The stubs say ``bytes | memoryview`` for all data; without buffers, as here, it is bytes."""
+Cursor = Any
+"""An `lmdb.Cursor`, untyped for the same reason."""
 
 _DAMAGE = (
     lmdb.InvalidError,

@@ -27,15 +27,15 @@ from kvmarket.registry.records import (
     blocks_to_run_end,
     concatenate,
     rearranged,
+    run_indices,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from kvmarket.registry.lmdb_reading import Cursor
     from kvmarket.registry.records import BlockRecords
 
-Cursor = Any
-"""An `lmdb.Cursor`, untyped for the reason given at `Transaction`."""
 ROW = np.dtype([("page", "<u4"), ("generation", "<u8"), ("digest", "V16")])
 _MIXED = b"\xff\xff\xff\xff"
 """No owner's number."""
@@ -174,8 +174,7 @@ def _places(first: bytes) -> list[bytes]:
     """Return how the keys of a run begin whose first one this is; nothing if it is not the first of a run."""
     if blocks_to_run_end(first) != RUN_BLOCKS:
         return []
-    head, index = first[:HEAD_BYTES], block_index(first)
-    return [head + number.to_bytes(KEY_HEAD_BYTES - HEAD_BYTES, "big") for number in range(index, index + RUN_BLOCKS)]
+    return [first[:HEAD_BYTES] + index for index in run_indices(block_index(first))]
 
 
 def _drop(cursor: Cursor, prefix: bytes, keep: bytes = b"") -> bool:

@@ -116,7 +116,7 @@ def block_keys(hashes: Sequence[bytes], start: int = 0, seal: Sealer = NOT_SEALE
     keys: list[bytes] = []
     for first in range(start - start % RUN_BLOCKS, len(hashes), RUN_BLOCKS):
         skip = max(start - first, 0)
-        heads = map(hashes[first][:HEAD_BYTES].__add__, _indices(first)[skip:])
+        heads = map(hashes[first][:HEAD_BYTES].__add__, run_indices(first)[skip:])
         keys += map(add, heads, hashes[first + skip : first + RUN_BLOCKS])
     return keys
 
@@ -134,7 +134,7 @@ def _many_keys(hashes: Sequence[bytes], start: int) -> list[bytes]:
 
 
 @lru_cache(maxsize=1024)
-def _indices(first: int) -> tuple[bytes, ...]:
+def run_indices(first: int) -> tuple[bytes, ...]:
     """Return the indices of the blocks of a run as they stand in keys: most prompts have the same ones."""
     return tuple(index.to_bytes(4, "big") for index in range(first, first + RUN_BLOCKS))
 

@@ -131,24 +131,6 @@ def test_the_server_finds_what_the_reference_finds(server, announced, asked, pla
     assert found == answer(MemoryRegistry(), DIGEST, announced, asked)
 
 
-def test_a_second_owner_of_the_last_block_of_a_run_is_found(tmp_path):
-    registry = LmdbRegistry(tmp_path / "registry")
-    epoch = registry.open_namespace(DIGEST, {})
-    first, second = (registry.register_owner(bytes([i]) * 16).owner for i in range(2))
-    keys = block_keys(chain(LENGTH, 0))
-    records = make_records(first, 0, np.arange(LENGTH), np.full(LENGTH, 2, np.uint64))
-    registry.announce(DIGEST, epoch, keys, records)
-    for last in (RUN_BLOCKS, RUN_BLOCKS + 5, LENGTH):
-        also = make_records(second, 0, np.array([7]), np.array([2], np.uint64))
-        registry.announce(DIGEST, epoch, keys[last - 1 : last], also)
-        found = registry.lookup(DIGEST, keys[:last])
-        assert found.blocks == last
-        assert sorted(found.records["owner"][found.records["block"] == last - 1].tolist()) == [first, second]
-    for owner in (first, second):
-        registry.release_owner(owner)
-    registry.close()
-
-
 @pytest.fixture
 def registry(tmp_path):
     registry = LmdbRegistry(tmp_path / "registry")
@@ -197,6 +179,16 @@ def world(registry, monkeypatch):
 KEYS = block_keys(chain(LENGTH, 0))
 
 
+def test_a_second_owner_of_the_last_block_of_a_run_is_found(world):
+    first, second, _ = world.owners
+    world.announce(0, KEYS)
+    for last in (RUN_BLOCKS, RUN_BLOCKS + 5, LENGTH):
+        world.announce(1, KEYS[last - 1 : last], page=7)
+        found = world.lookup(KEYS[:last])
+        assert found.blocks == last
+        assert sorted(found.records["owner"][found.records["block"] == last - 1].tolist()) == [first, second]
+
+
 def test_whole_runs_are_read_at_once_and_others_are_walked(world):
     world.announce(0, KEYS[:-1], page=7)
     found = world.lookup(KEYS)
@@ -205,8 +197,10 @@ def test_whole_runs_are_read_at_once_and_others_are_walked(world):
     assert world.lookup(KEYS[5:]).records["page"].tolist() == [*range(12, 7 + LENGTH - 1)]
     assert world.walked == [0, 2 * RUN_BLOCKS - 5]
     assert world.lookup(KEYS[: RUN_BLOCKS + 9]).blocks == RUN_BLOCKS + 9
-    assert world.walked == [RUN_BLOCKS]
+    assert (world.walked, world.careful) == ([RUN_BLOCKS], [])
     world.announce(1, KEYS)
+    assert world.lookup(KEYS[5:RUN_BLOCKS]).records["owner"].tolist() == world.owners[:2] * (RUN_BLOCKS - 5)
+    assert (world.walked, world.careful) == ([0], [])
     found = world.lookup(KEYS)
     assert world.walked == [2 * RUN_BLOCKS]
     assert found.records["owner"].tolist() == [*world.owners[:2] * (LENGTH - 1), world.owners[1]]

@@ -8,24 +8,25 @@ import pytest
 from kvmarket.cuda import _recorded
 
 
-class Stream:
-    """A stream of torch and of cupy at once."""
-
+class TorchStream:
     def __init__(self, *, busy):
         self.busy, self.recorded = busy, 0
 
     def query(self):
         return not self.busy
 
-    @property
-    def done(self):
-        return not self.busy
-
     def record_event(self):
         self.recorded += 1
         return "event"
 
-    record = record_event
+
+class CupyStream:
+    def __init__(self, *, busy):
+        self.done, self.busy, self.recorded = not busy, busy, 0
+
+    def record(self):
+        self.recorded += 1
+        return "event"
 
 
 class Device:
@@ -36,14 +37,10 @@ class Device:
         pass
 
 
-@pytest.fixture(params=[True, False], ids=["busy", "idle"])
-def stream(request):
-    return Stream(busy=request.param)
-
-
+@pytest.mark.parametrize("busy", [True, False])
 @pytest.mark.parametrize("library", ["torch", "cupy"])
-def test_an_event_is_recorded_only_behind_work_that_is_left(monkeypatch, stream, library):
-    devices = []
+def test_an_event_is_recorded_only_behind_work_that_is_left(monkeypatch, busy, library):
+    devices, stream = [], (TorchStream if library == "torch" else CupyStream)(busy=busy)
     torch = SimpleNamespace(cuda=SimpleNamespace(current_stream=lambda device: devices.append(device) or stream))
     cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
     monkeypatch.setitem(sys.modules, "torch", torch)
